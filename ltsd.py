@@ -31,8 +31,10 @@ import pathlib
 import platform
 import sys
 import time
+import warnings
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -45,6 +47,7 @@ import torchvision
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.datasets.utils import calculate_md5, download_url
+from torchvision.transforms.v2 import functional as TF
 
 try:
     import triton
@@ -107,17 +110,30 @@ class Config:
                       choices=("resnet18", "preactresnet18", "wrn34-10", "resnet8"))
     stage: str = _flag("all", "what to do; 'train' is another name of 'distill'", identity=False,
                        choices=("all", "teacher", "distill", "train", "eval", "report"))
+    aug: str = _flag("none", "RandAugment(2, 8) or AutoAugment's CIFAR-10 policy before crop and flip",
+                     choices=("none", "ra", "aua"))
+    official: bool = _flag(False, "the method's own published optimiser settings, if any for the data")
+    kd: str = _flag("igdm", "distillation: igdm, or kl (of teacher to student at x')", choices=("igdm", "kl"))
+    beta: float = _flag(None, "weight of the KL term of trades, mart and robal (6)", low=0)
+    reat_tail: str = _flag("official", "tail term of reat, as released or as its paper intends",
+                           choices=("official", "intended"))
+    teacher: str = _flag(None, "checkpoint to use as the teacher (copied into the run)", identity=False)
+    teacher_method: str = _flag("pgd-at", "how the self-teacher is trained",
+                                choices=("pgd-at", "at-bsl", "robal", "reat"))
+    teacher_data: str = _flag("balanced", "what the self-teacher sees: D_B, or all",
+                              choices=("balanced", "full"))
     alpha: float = _flag(None, "final weight of the distillation term, reached by a linear ramp (40; "
                          "synthetic 10)", low=0, many=True)
     tau: float = _flag(1.0, "strength of the class prior in balanced softmax, b_c = tau ln n_c", low=0)
     gamma: float = _flag(None, "D_B has floor(gamma n_min) images a class (IR/2, at least 1)", low=0,
                          many=True)
     epochs: int = _flag(None, "student epochs (100; synthetic 12)", low=1)
-    teacher_epochs: int = _flag(None, "teacher epochs (30; synthetic 8)", low=1)
+    teacher_epochs: int = _flag(None, "teacher epochs (30, on all data as --epochs; synthetic 8)", low=1)
     batch_size: int = _flag(None, "student batch size (128; synthetic 64)", low=1)
-    teacher_batch_size: int = _flag(32, "teacher batch size", low=1)
-    lr: float = _flag(0.1, "first learning rate of SGD; a tenth after 75 %, a hundredth after 90 %", low=0)
-    weight_decay: float = _flag(5e-4, "weight decay", low=0)
+    teacher_batch_size: int = _flag(None, "teacher batch size (32, on all data as --batch-size)", low=1)
+    lr: float = _flag(None, "first learning rate of SGD (0.1)", low=0)
+    milestones: str = _flag(None, "shares of the epochs after which the rate drops tenfold (0.75,0.9)")
+    weight_decay: float = _flag(None, "weight decay (5e-4)", low=0)
     momentum: float = _flag(0.9, "momentum", low=0, high=1)
     eps: float = _flag(8.0, "L-inf radius of the training attack, in 255ths", low=0, high=255)
     step_size: float = _flag(2.0, "step of the training attack, in 255ths", low=0, high=255)
@@ -127,7 +143,7 @@ class Config:
     eval_step_size: float = _flag(2.0, "step of the evaluation's PGD, in 255ths", low=0, high=255,
                                   identity=False)
     eval_steps: int = _flag(20, "steps of the evaluation's PGD", low=0, identity=False)
-    attacks: str = _flag(None, "what to evaluate (clean,pgd)", identity=False)
+    attacks: str = _flag(None, "what to evaluate (clean,pgd,aa; synthetic clean,pgd)", identity=False)
     device: str = _flag("auto", "auto, cpu, cuda or cuda:N", identity=False)
     amp: str = _flag("auto", "precision of the convolutions; auto: bf16 where the hardware has it, fp16 on "
                      "older GPUs, else off", choices=("auto", "bf16", "fp16", "off"))
@@ -144,8 +160,9 @@ class Config:
 
 # What is fixed about a data set: classes, image side, classes in the tail group, its own defaults.
 # fmt: off
-COMMON = dict(arch="resnet18", alpha=40.0, epochs=100, teacher_epochs=30, batch_size=128, attacks="clean,pgd")
-SMALL = dict(arch="resnet8", alpha=10.0, epochs=12, teacher_epochs=8, batch_size=64)
+COMMON = dict(arch="resnet18", alpha=40.0, epochs=100, batch_size=128, lr=0.1, beta=6.0,
+              weight_decay=5e-4, milestones="0.75,0.9", attacks="clean,pgd,aa")
+SMALL = dict(arch="resnet8", alpha=10.0, epochs=12, teacher_epochs=8, batch_size=64, attacks="clean,pgd")
 DATASETS = {
     "cifar10":      (10, 32, 1, dict(ir=50.0)),
     "cifar100":     (100, 32, 10, dict(ir=10.0)),
@@ -168,9 +185,7 @@ def _parse_value(f, text):
         try:
             values.append(f.type(part.strip()))
         except ValueError:
-            raise UserError(
-                f"--{_dashed(f.name)} {part!r}: expected a value of type {f.type.__name__}"
-            ) from None
+            raise UserError(f"--{_dashed(f.name)} {part!r}: expected {f.type.__name__}") from None
     return values[0] if len(values) == 1 else tuple(values)
 
 
@@ -186,22 +201,16 @@ def parse_args(argv=None) -> Config:
     parser = _Parser("ltsd.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     for f in fields(Config):
         meta = f.metadata
-        default = (
-            ""
-            if f.default in (None, False)
-            else f" ({f.default:g})"
-            if f.type is float
-            else f" ({f.default})"
-        )
+        shown = f"{f.default:g}" if f.type is float and f.default is not None else f.default
+        default = "" if f.default in (None, False) else f" ({shown})"
         text = meta["help"] + ("; a comma list makes a run each" if meta["many"] else "") + default
+        text = text.replace("%", "%%")
         kind = dict(action="store_true") if f.type is bool else dict(metavar=f.type.__name__.upper())
         if meta["choices"]:
             kind = dict(metavar="{" + ",".join(meta["choices"]) + "}")
         elif f.name == "method":
             kind = dict(metavar="{" + ",".join(METHODS) + "}")
-        parser.add_argument(
-            "--" + _dashed(f.name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind
-        )
+        parser.add_argument("--" + _dashed(f.name), default=argparse.SUPPRESS, help=text, **kind)
     given, by_name = vars(parser.parse_args(argv)), {f.name: f for f in fields(Config)}
     cfg = Config(**{k: v if v is True else _parse_value(by_name[k], v) for k, v in given.items()})
     for one in expand(cfg):
@@ -233,6 +242,14 @@ def validate(cfg) -> None:
             raise UserError(f"{flag} {value:g}: must be at most {meta['high']:g}")
     if cfg.attacks is not None and not set(cfg.attacks.split(",")) <= set(ATTACKS):
         raise UserError(f"--attacks {cfg.attacks!r}: a comma list of {', '.join(ATTACKS)}")
+    try:
+        shares = [float(share) for share in (cfg.milestones or "0.75").split(",")]
+    except ValueError:
+        shares = [0.0]
+    if not all(0 < share <= 1 for share in shares) or shares != sorted(shares):
+        raise UserError(
+            f"--milestones {cfg.milestones!r}: want rising shares of the epochs, such as 0.75,0.9"
+        )
     if cfg.image_size and cfg.data != "folder":
         raise UserError(f"--image-size {cfg.image_size}: only --data folder can be resized; leave it out")
     if cfg.checkpoint and cfg.stage != "eval":
@@ -242,7 +259,22 @@ def validate(cfg) -> None:
 def resolve(cfg) -> Config:
     """Fill every None of a scalar Config with its default, and 'auto' with what this machine has."""
     _, size, _, defaults = DATASETS[cfg.data]
-    filled = {**COMMON, "image_size": size, "eval_eps": cfg.eps, **defaults}
+    row = METHODS[cfg.method]
+    if cfg.official and cfg.data not in row.official_data:
+        known = ", ".join(row.official_data) or "no data set"
+        raise UserError(f"--official: {cfg.method} has published settings for {known}, not for {cfg.data}")
+    filled = {
+        **COMMON,
+        "image_size": size,
+        "eval_eps": cfg.eps,
+        **defaults,
+        **(row.official if cfg.official else {}),
+    }
+    cfg = replace(cfg, **{k: v for k, v in filled.items() if getattr(cfg, k) is None})
+    full = cfg.teacher_data == "full"  # Figure 5's other teachers see all data, for as long as a student
+    filled = dict(
+        teacher_epochs=cfg.epochs if full else 30, teacher_batch_size=cfg.batch_size if full else 32
+    )
     cfg = replace(cfg, **{k: v for k, v in filled.items() if getattr(cfg, k) is None})
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -252,9 +284,7 @@ def resolve(cfg) -> Config:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name!r}: choose auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices; try --device cpu"
-        )
+        raise UserError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices; try cpu")
     amp = best_precision(device) if cfg.amp == "auto" else cfg.amp
     return replace(cfg, device=name, amp=amp, stage="distill" if cfg.stage == "train" else cfg.stage)
 
@@ -302,14 +332,10 @@ def long_tail_counts(n_max, num_classes, ir) -> list:
     as in the LDAM generator that RoBal, REAT and AT-BSL share. ValueError where a class would be empty.
     """
     if not ir >= 1 or n_max < 1 or num_classes < 1:
-        raise ValueError(
-            f"imbalance ratio {ir}, n_max {n_max}, {num_classes} classes: each must be at least 1"
-        )
+        raise ValueError(f"imbalance ratio {ir}, n_max {n_max}, {num_classes} classes: all must be >= 1")
     counts = [int(n_max * ir ** (-c / max(num_classes - 1, 1))) for c in range(num_classes)]
     if counts[-1] < 1:
-        raise ValueError(
-            f"imbalance ratio {ir:g} leaves class {counts.index(0)} empty: at most {n_max} is possible"
-        )
+        raise ValueError(f"imbalance ratio {ir:g} leaves class {counts.index(0)} empty: at most {n_max}")
     return counts
 
 
@@ -350,30 +376,85 @@ def balanced_indices(labels, per_class, seed) -> np.ndarray:
     return np.concatenate(chosen)
 
 
+# The ops of RandAugment and AutoAugment with the arguments that torchvision's v2 classes give them; spelled
+# out because those classes keep their tables private (the tests compare). name: (magnitude at the first and
+# at the last level, function); a magnitude that grows from 0 gets a random sign.
+# fmt: off
+AUGMENT_OPS = {
+    "Identity":     (0.0, 0.0, lambda x, m: x),
+    "ShearX":       (0.0, 0.3, lambda x, m: _warp(x, slope=[m, 0.0])),
+    "ShearY":       (0.0, 0.3, lambda x, m: _warp(x, slope=[0.0, m])),
+    "TranslateX":   (0.0, 150 / 331, lambda x, m: _warp(x, shift=[int(m), 0])),   # of the width
+    "TranslateY":   (0.0, 150 / 331, lambda x, m: _warp(x, shift=[0, int(m)])),   # of the height
+    "Rotate":       (0.0, 30.0, lambda x, m: _warp(x, degrees=-m)),   # TF.rotate turns the other way
+    "Brightness":   (0.0, 0.9, lambda x, m: TF.adjust_brightness(x, 1.0 + m)),
+    "Color":        (0.0, 0.9, lambda x, m: TF.adjust_saturation(x, 1.0 + m)),
+    "Contrast":     (0.0, 0.9, lambda x, m: TF.adjust_contrast(x, 1.0 + m)),
+    "Sharpness":    (0.0, 0.9, lambda x, m: TF.adjust_sharpness(x, 1.0 + m)),
+    "Posterize":    (8.0, 4.0, lambda x, m: TF.posterize(x, round(m))),
+    "Solarize":     (1.0, 0.0, lambda x, m: TF.solarize(x, 255.0 * m)),
+    "AutoContrast": (0.0, 0.0, lambda x, m: TF.autocontrast(x)),
+    "Equalize":     (0.0, 0.0, lambda x, m: TF.equalize(x)),
+    "Invert":       (0.0, 0.0, lambda x, m: TF.invert(x)),
+}
+# AutoAugment's CIFAR-10 policy: 25 pairs of "op probability level", level 0-9 (0 where the op has none).
+AUTOAUGMENT_CIFAR10 = """
+Invert .1 0 Contrast .2 6, Rotate .7 2 TranslateX .3 9, Sharpness .8 1 Sharpness .9 3,
+ShearY .5 8 TranslateY .7 9, AutoContrast .5 0 Equalize .9 0, ShearY .2 7 Posterize .3 7,
+Color .4 3 Brightness .6 7, Sharpness .3 9 Brightness .7 9, Equalize .6 0 Equalize .5 0,
+Contrast .6 7 Sharpness .6 5, Color .7 7 TranslateX .5 8, Equalize .3 0 AutoContrast .4 0,
+TranslateY .4 3 Sharpness .2 6, Brightness .9 6 Color .2 8, Solarize .5 2 Invert .0 0,
+Equalize .2 0 AutoContrast .6 0, Equalize .2 0 Equalize .6 0, Color .9 9 Equalize .6 0,
+AutoContrast .8 0 Solarize .2 8, Brightness .1 3 Color .7 0, Solarize .4 5 AutoContrast .9 0,
+TranslateY .9 9 TranslateY .7 9, AutoContrast .9 0 Solarize .8 3, Equalize .8 0 Invert .1 0,
+TranslateY .7 9 AutoContrast .9 0"""
+# fmt: on
 CROP_PADDING = 4
-AUGMENT_CHUNK = 8192  # images in flight: bounds the memory, not the result
+AUGMENT_CHUNK = 8192  # images in flight; bounds the memory (equalize takes 8 bytes a value), not the result
 
 
-def augment(images_u8, policy, generator) -> torch.Tensor:
-    """Augment a whole epoch at once: a zero-pad-4 random crop, then a horizontal flip with p = 0.5.
+def _warp(x, degrees=0.0, shift=(0, 0), slope=(0.0, 0.0)):
+    """Warp uint8 [N, 3, H, W]: torchvision moves one image of pixel numbers on the CPU, a gather the rest.
 
-    images_u8: uint8 [N,3,H,W] on any device, not changed; policy: 'none'; generator: a CPU torch.Generator,
-    so that the draws do not depend on the device. Every image has the distribution of torchvision's
-    RandomCrop(padding=4) and RandomHorizontalFlip. Returns a new tensor of the same shape; ValueError for an
-    unknown policy, another dtype or shape, a generator that is not on the CPU.
-    """
-    shape, device = list(images_u8.shape), images_u8.device
-    if images_u8.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or 0 in shape[2:]:
-        raise ValueError(f"images must be uint8 [N,3,H,W], got {images_u8.dtype} {shape}")
-    if policy != "none" or generator.device.type != "cpu":
-        raise ValueError(f"policy {policy!r}, generator on {generator.device}: want none, a CPU generator")
-    n, out = shape[0], torch.empty(shape, dtype=torch.uint8, device=device)
-    corner = torch.randint(2 * CROP_PADDING + 1, (2, n), generator=generator).to(device)
-    flip = torch.randint(2, (n,), generator=generator).bool().to(device)
-    for start in range(0, n, AUGMENT_CHUNK):
-        part = slice(start, start + AUGMENT_CHUNK)
-        out[part] = _crop_and_flip(images_u8[part], *corner[:, part], flip[part])
-    return out
+    The pixels of TF.affine(x), but on any device and at any matmul precision, and faster than grid_sample."""
+    numbers = torch.arange(1.0, x.shape[2] * x.shape[3] + 1).view(1, *x.shape[2:])  # 0 is left for "outside"
+    shear, center = [math.degrees(math.atan(s)) for s in slope], [0, 0] if any(slope) else None
+    source = TF.affine(numbers, degrees, list(shift), 1.0, shear, center=center).long().flatten().to(x.device)
+    return F.pad(x.flatten(2), (1, 0)).gather(2, source.expand(len(x), 3, -1)).view_as(x)
+
+
+def _draw_ops(policy, n, height, width, generator):
+    """Draw two ops for n images: the list of (name, signed magnitude), and int64 [2, n] numbers into it."""
+    if policy == "ra":  # RandAugment(num_ops=2, magnitude=8) has 31 levels; both ops are drawn from one list
+        steps, levels = [[(name, 1.0, 8) for name in AUGMENT_OPS if name != "Invert"]] * 2, 31
+        pick = torch.randint(len(steps[0]), (2, n), generator=generator)
+    else:
+        pairs = [pair.split() for pair in AUTOAUGMENT_CIFAR10.split(",")]
+        steps, levels = [[(p[i], float(p[i + 1]), int(p[i + 2])) for p in pairs] for i in (0, 3)], 10
+        pick = torch.randint(len(pairs), (n,), generator=generator).expand(2, n)
+    chance, sign = torch.rand(2, n, generator=generator), torch.randint(2, (2, n), generator=generator)
+    actions, codes = {("Identity", 0.0): 0}, []
+    for step, row, u, s in zip(steps, pick, chance, sign, strict=True):
+        table = []
+        for name, _, level in step:
+            first, last, _ = AUGMENT_OPS[name]
+            last *= {"TranslateX": width, "TranslateY": height}.get(name, 1)
+            m = torch.linspace(first, last, levels)[level].item()  # in float32 as theirs: a tie at 187
+            both = (m, -m) if first < last else (m, m)
+            table.append([actions.setdefault((name, v), len(actions)) for v in both])
+        applied = u <= torch.tensor([probability for _, probability, _ in step])[row]
+        codes.append(torch.where(applied, torch.tensor(table)[row, s], 0))
+    return list(actions), torch.stack(codes)
+
+
+def _apply_ops(x, codes, actions):
+    """New uint8 [N, 3, H, W], image i after actions[codes[i]]; sorted by code: a group is one slice."""
+    order, counts = codes.argsort(), codes.bincount(minlength=len(actions)).tolist()
+    grouped = x.index_select(0, order.to(x.device))
+    for (name, magnitude), group in zip(actions, grouped.split(counts), strict=True):
+        if len(group) and name != "Identity":
+            group.copy_(AUGMENT_OPS[name][2](group, magnitude))
+    return grouped.index_select(0, order.argsort().to(x.device))
 
 
 def _crop_and_flip(x, top, left, flip):
@@ -383,6 +464,38 @@ def _crop_and_flip(x, top, left, flip):
     column = torch.arange(x.shape[3], device=x.device)
     column = torch.where(flip[:, None], column.flip(0), column)  # [N,W]
     return cut.gather(3, column[:, None, None].expand_as(cut))
+
+
+def augment(images_u8, policy, generator) -> torch.Tensor:
+    """Augment a whole epoch at once: the policy, then a zero-pad-4 random crop, then a flip with p = 0.5.
+
+    images_u8: uint8 [N, 3, H, W], any device, not changed. policy: "none", "ra" (RandAugment, two ops at
+    magnitude 8) or "aua" (AutoAugment's CIFAR-10 policy). generator: a CPU torch.Generator, the only source
+    of randomness; all draws are made first and on the CPU, so they do not depend on the device. Returns a new
+    uint8 [N, 3, H, W] on the same device. Every image has the distribution of torchvision v2's RandAugment or
+    AutoAugment (nearest, black fill), RandomCrop(padding=4) and RandomHorizontalFlip on a tensor. Order and
+    settings as in AT-BSL (datasets.py@23f433e). ValueError: unknown policy, other dtype or shape, a generator
+    that is not on the CPU."""
+    if policy not in ("none", "ra", "aua"):
+        raise ValueError(f"policy is {policy!r}; choose none, ra or aua")
+    shape, device = list(images_u8.shape), images_u8.device
+    if images_u8.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or 0 in shape[2:]:
+        raise ValueError(f"images must be uint8 [N, 3, H, W], got {images_u8.dtype} {shape}")
+    if generator.device.type != "cpu":
+        raise ValueError(f"generator is on {generator.device}; pass a CPU one: torch.Generator()")
+    n, out = shape[0], torch.empty(shape, dtype=torch.uint8, device=device)
+    corner = torch.randint(2 * CROP_PADDING + 1, (2, n), generator=generator).to(device)
+    flip = torch.randint(2, (n,), generator=generator).bool().to(device)
+    actions, codes = [], torch.empty(0, n)
+    if policy != "none":
+        actions, codes = _draw_ops(policy, n, *shape[2:], generator)
+    for start in range(0, n, AUGMENT_CHUNK):
+        part = slice(start, start + AUGMENT_CHUNK)
+        x = images_u8[part]
+        for step in codes[:, part]:
+            x = _apply_ops(x, step, actions)
+        out[part] = _crop_and_flip(x, *corner[:, part], flip[part])
+    return out
 
 
 @contextlib.contextmanager
@@ -395,12 +508,8 @@ def _fetching(path, md5):
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     except (OSError, RuntimeError) as error:
-        remedy = (
-            f"put {path.name} into {path.parent} by hand, or use --data synthetic, which needs no download"
-        )
-        raise UserError(
-            f"could not fetch {path.name} ({' '.join(str(error).split())[:200]}): {remedy}"
-        ) from error
+        remedy = f"put {path.name} into {path.parent} by hand, or use --data synthetic, made on the spot"
+        raise UserError(f"could not fetch {path.name} ({str(error)[:200]}): {remedy}") from error
 
 
 def load_cifar(name, data_dir, verify=True) -> Data:
@@ -438,22 +547,17 @@ def _decode_tiny(path):
     try:
         with zipfile.ZipFile(path) as archive:
             names = sorted(n for n in archive.namelist() if n.lower().endswith(IMG_EXTENSIONS))
-            lines = [
-                line.split("\t")
-                for line in archive.read(root + "val/val_annotations.txt").decode().split("\n")
-            ]
-            wnid = {root + "val/images/" + line[0]: line[1] for line in lines if len(line) > 1}
+            lines = archive.read(root + "val/val_annotations.txt").decode().split("\n")
+            pairs = [line.split("\t")[:2] for line in lines if "\t" in line]
+            wnid = {f"{root}val/images/{file}": label for file, label in pairs}
             wnid |= {n: n.split("/")[2] for n in names if n.startswith(root + "train/")}
             classes = sorted({w for n, w in wnid.items() if n.startswith(root + "train/")})
-            parts = [
-                [n for n in names if n in wnid and n.startswith(root + part)] for part in ("train/", "val/")
-            ]
+            named = [n for n in names if n in wnid]
+            parts = [[n for n in named if n.startswith(root + part)] for part in ("train/", "val/")]
             labels = [torch.tensor([classes.index(wnid[n]) for n in part]) for part in parts]
             images = [_decode_all([(n, archive.read(n)) for n in part], 64) for part in parts]
     except (zipfile.BadZipFile, KeyError, IndexError, ValueError) as error:
-        raise UserError(
-            f"{path} is not the Tiny-ImageNet archive ({error}): delete it and fetch it again"
-        ) from error
+        raise UserError(f"{path} is not the Tiny-ImageNet archive ({error}): fetch it again") from error
     return Data(images[0], labels[0], images[1], labels[1], classes)
 
 
@@ -469,9 +573,7 @@ def load_folder(data_dir, size) -> Data:
     folders = [root / "train", root / "test" if (root / "test").is_dir() else root / "val"]
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(
-                f"{folder} does not exist: --data folder wants DIR/train/CLASS/* and DIR/test/CLASS/*"
-            )
+            raise UserError(f"{folder} does not exist: want DIR/train/CLASS/* and DIR/test/CLASS/*")
     names = [sorted(p.name for p in d.iterdir() if p.is_dir() and p.name[0] != ".") for d in folders]
     if names[0] != names[1]:
         odd = ", ".join(sorted(set(names[0]) ^ set(names[1]))[:5])
@@ -483,9 +585,7 @@ def load_folder(data_dir, size) -> Data:
     for folder, part in zip(folders, files, strict=True):
         empty = set(names[0]) - {names[0][label] for _, label in part}
         if empty:
-            raise UserError(
-                f"{folder / min(empty)} holds no image: add some, or remove the class from both folders"
-            )
+            raise UserError(f"{folder / min(empty)} holds no image: add some, or remove the class everywhere")
     order = np.argsort(-np.bincount([label for _, label in files[0]]), kind="stable")
     rank = np.argsort(order)
 
@@ -511,9 +611,8 @@ def _decode_all(sources, size):
                 image = image.convert("RGB")
                 if image.size != (size, size):
                     scale = size / min(image.size)
-                    image = image.resize(
-                        [max(size, round(side * scale)) for side in image.size], Image.BILINEAR
-                    )
+                    shape = [max(size, round(side * scale)) for side in image.size]
+                    image = image.resize(shape, Image.BILINEAR)
                     left, top = ((side - size) // 2 for side in image.size)
                     image = image.crop((left, top, left + size, top + size))
                 out[i] = np.asarray(image)
@@ -569,10 +668,8 @@ def make_synthetic(train_per_class=240, test_per_class=25, classes=10, size=32) 
         labels = np.repeat(c, per_class)
         images = 0.5 + 0.13 * gratings(labels, coarse, angles) * tint[labels]
         for _ in range(2):
-            other, strength = (
-                rng.integers(0, classes, len(labels)),
-                rng.uniform(0, 0.13, (len(labels), 1, 1, 1)),
-            )
+            other = rng.integers(0, classes, len(labels))
+            strength = rng.uniform(0, 0.13, (len(labels), 1, 1, 1))
             images = images + strength * gratings(other, coarse, angles) * tint[other]
         images = images + 5 / 255 * gratings(labels, fine, angles[::-1]) + rng.normal(0, 0.06, images.shape)
         return torch.from_numpy(np.rint(images.clip(0, 1) * 255).astype(np.uint8)), torch.from_numpy(labels)
@@ -598,11 +695,8 @@ def load_data(cfg) -> Data:
     elif cfg.data == "folder":
         data = load_folder(cfg.data_dir, cfg.image_size)
     else:
-        data = (
-            load_tinyimagenet(cfg.data_dir)
-            if cfg.data == "tinyimagenet"
-            else load_cifar(cfg.data, cfg.data_dir)
-        )
+        tiny = cfg.data == "tinyimagenet"
+        data = load_tinyimagenet(cfg.data_dir) if tiny else load_cifar(cfg.data, cfg.data_dir)
     data.train_images, data.train_labels = _limited(data.train_images, data.train_labels, cfg.train_limit)
     data.test_images, data.test_labels = _limited(data.test_images, data.test_labels, cfg.test_limit)
     available = np.bincount(data.train_labels)
@@ -774,7 +868,7 @@ def build_model(arch, num_classes, head="linear") -> nn.Module:
     """
     if arch not in ARCHS or head not in ("linear", "cosine") or num_classes < 2:
         raise ValueError(
-            f"no {arch!r} with a {head!r} head and {num_classes} classes; arch: {', '.join(ARCHS)}"
+            f"no {arch!r} with {head!r} head and {num_classes} classes; arch: {', '.join(ARCHS)}"
         )
     *body, name = ARCHS[arch]
     offset = 1 / 32 if num_classes <= 10 else 1 / 16  # RoBal-R's two settings
@@ -783,9 +877,8 @@ def build_model(arch, num_classes, head="linear") -> nn.Module:
     if arch.startswith("wrn"):  # as published; the others keep PyTorch's initialisation
         for module in net.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.normal_(
-                    module.weight, 0, math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels))
-                )
+                fan_out = module.kernel_size[0] ** 2 * module.out_channels
+                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
             elif isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
     return net.to(memory_format=torch.channels_last)
@@ -855,17 +948,14 @@ def pgd_step(x_adv, grad, x, step_size, eps, out_low=None) -> torch.Tensor:
             ours, theirs = ((tuple(u.shape), u.stride(), str(u.device)) for u in (t, x))
             raise ValueError(f"{name} has shape, strides, device {ours}, x has {theirs}: they must be equal")
         if t.dtype not in AMP_DTYPE.values() or (name[0] == "x" and t.dtype != torch.float32):
-            raise ValueError(
-                f"{name} is {t.dtype}: x and x_adv must be float32, the others float32, bf16 or fp16"
-            )
+            raise ValueError(f"{name} is {t.dtype}: x and x_adv must be float32, others float32, bf16, fp16")
     if HAS_TRITON and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         n, low = x.numel(), x_adv if out_low is None else out_low
         if n:
             with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
                 flags = dict(HAS_LOW=out_low is not None, BLOCK=STEP_BLOCK)
-                _pgd_step_kernel[(triton.cdiv(n, STEP_BLOCK),)](
-                    x_adv, grad, x, low, n, step_size, eps, **flags
-                )
+                grid = (triton.cdiv(n, STEP_BLOCK),)
+                _pgd_step_kernel[grid](x_adv, grad, x, low, n, step_size, eps, **flags)
         return x_adv
     x_adv.copy_(pgd_step_reference(x_adv, grad, x, step_size, eps))
     if out_low is not None:
@@ -948,9 +1038,8 @@ class FrozenCopy(nn.Module):
         shift = torch._foreach_mul([norm.running_mean for norm in norms], scale)
         shift = torch._foreach_sub([norm.bias for norm in norms], shift)
         k = len(self.folded)
-        weights = [
-            conv.weight * s.view(-1, 1, 1, 1) for (_, conv, _), s in zip(self.folded, scale, strict=False)
-        ]
+        pairs = zip((conv for _, conv, _ in self.folded), scale, strict=False)
+        weights = [conv.weight * s.view(-1, 1, 1, 1) for conv, s in pairs]
         targets = [own.weight for own, *_ in self.folded] + [own.bias for own, *_ in self.folded]
         targets += [a.scale for a, _ in self.affine] + [a.shift for a, _ in self.affine]
         targets += [own for own, _ in self.plain]
@@ -986,9 +1075,8 @@ def eval_mode(model):
 def check_images(x, y, dtypes=(torch.float32,)):
     """Raise ValueError unless x is NCHW in [0,1] of one of `dtypes` and y int64 [N] on the same device."""
     if not torch.is_tensor(x) or x.ndim != 4 or x.dtype not in dtypes:
-        raise ValueError(
-            f"x must be {dtypes[0]} NCHW, got {getattr(x, 'dtype', type(x))} {list(getattr(x, 'shape', []))}"
-        )
+        said = f"{x.dtype} {list(x.shape)}" if torch.is_tensor(x) else type(x)
+        raise ValueError(f"x must be {dtypes[0]} NCHW, got {said}")
     if not torch.is_tensor(y) or y.dtype != torch.int64 or y.shape != x.shape[:1] or y.device != x.device:
         said = f"{y.dtype} {list(y.shape)} on {y.device}" if torch.is_tensor(y) else type(y)
         raise ValueError(f"y must be int64 [{len(x)}] on {x.device}, got {said}")
@@ -1025,9 +1113,8 @@ def _pgd(forward, x, y, eps, step_size, steps, init, objective, aux, generator):
     dtype, x = getattr(forward, "dtype", torch.float32), x.detach()
     noise = torch.zeros_like(x)
     if init != "none":
-        noise.uniform_(-eps, eps, generator=generator) if init == "uniform" else noise.normal_(
-            0, 1e-3, generator=generator
-        )
+        draw, bounds = (noise.uniform_, (-eps, eps)) if init == "uniform" else (noise.normal_, (0, 1e-3))
+        draw(*bounds, generator=generator)
     x_adv = pgd_step_reference(x + noise, torch.zeros_like(x), x, 0.0, eps)
     low = None if dtype == torch.float32 else x_adv.to(dtype)
     # fp16 flushes what is below 6e-8 to zero; only the sign matters, so attack a multiple of the objective
@@ -1075,6 +1162,108 @@ def distillation_loss(student, teacher) -> torch.Tensor:
     return F.kl_div(F.log_softmax(student, 1), target, reduction="batchmean", log_target=True)
 
 
+def trades_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
+    """Mean CE(z(x), y) + beta * mean KL(p(x) || p(x')) (TRADES, Zhang et al. 2019); both sides carry
+    gradient.
+
+    logits, logits_adv: float [N,C] at x and x'; y: int64 [N]. beta 0 is cross-entropy. Returns a scalar.
+    """
+    clean, adv = F.log_softmax(logits, 1), F.log_softmax(logits_adv, 1)
+    return F.cross_entropy(logits, y) + beta * F.kl_div(adv, clean, reduction="batchmean", log_target=True)
+
+
+def mart_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
+    """MART (Wang et al. 2020): boosted cross-entropy at x' plus a KL weighted by how unsure the network is of
+    x, mean[CE(z(x'), y) - ln(1.0001 - p_k(x') + 1e-12)] + beta * mean[KL(p(x) || p(x')) * (1.0000001 -
+    p_y(x))].
+
+    k: the most probable class of x' but y; the KL takes ln(p(x') + 1e-12). Arguments as in trades_loss.
+    """
+    clean, adv = F.softmax(logits, 1), F.softmax(logits_adv, 1)
+    rival = adv.scatter(1, y[:, None], 0.0).amax(1)
+    boosted = F.cross_entropy(logits_adv, y) - (1.0001 - rival + 1e-12).log().mean()
+    divergence = F.kl_div((adv + 1e-12).log(), clean, reduction="none").sum(1)
+    return boosted + beta * (divergence * (1.0000001 - clean.gather(1, y[:, None])[:, 0])).mean()
+
+
+def robal_loss(scores, scores_adv, y, counts, *, scale, margin, tau_b, tau_m, beta) -> torch.Tensor:
+    """RoBal (Wu et al. 2021): CE of scale*(s(x') - m_y 1_y) + tau_b ln(n/N) plus beta * mean KL(p(x) ||
+    p(x')).
+
+    scores, scores_adv: cosine scores [N,C] at x and x'; m_c = margin + tau_m/scale * ln(n_c/n_min), larger
+    for frequent classes. The KL's softmaxes are of the unscaled scores, with ln(p(x') + 1e-12) and no
+    detaching.
+    """
+    counts = torch.as_tensor(counts, dtype=scores.dtype, device=scores.device)
+    margins = margin + tau_m / scale * (counts / counts.min()).log()
+    shifted = scores_adv - margins * F.one_hot(y, len(counts))
+    fit = F.cross_entropy(scale * shifted + tau_b * (counts / counts.sum()).log(), y)
+    floor = (F.softmax(scores_adv, 1) + 1e-12).log()
+    return fit + beta * F.kl_div(floor, F.softmax(scores, 1), reduction="batchmean")
+
+
+def reat_class_weights(counts, predicted) -> torch.Tensor:
+    """REAT's weights in its attack: w_c ~ 1 / (E_c + 1e-5), E_c = (1 - b^a)/(1 - b), b = (n_c - 1)/n_c, sum
+    C.
+
+    counts: training images n_c >= 1; predicted: a_c, how often the network predicted the class at x' in the
+    epoch before. float64 inside, since 1 - b^a cancels. Returns float32 [C] (effective numbers, Cui et al.
+    2019).
+    """
+    n, a = (torch.as_tensor(t).double() for t in (counts, predicted))
+    b = (n - 1) / n
+    weights = 1 / ((1 - b**a) * n + 1e-5)
+    return (weights * len(n) / weights.sum()).float()
+
+
+def reat_tail_loss(features, y, counts, variant="official") -> torch.Tensor:
+    """REAT's tail term (Li et al. 2023): for each sample i of the tail third of the classes, over all j of
+    the batch, s_ij W_ij KL(softmax f_i || softmax f_j), s = -1 within a class and +1 between, W = u_yi +
+    u_yj, u_c = sqrt(N/n_c), f_i detached; mean over j and anchors; 0 without a tail sample.
+
+    features: float [B,d]; y: int64 [B]. 'intended' is that; 'official' what the released code computes: its
+    criterion averages over B and d before the signs and weights come in, so that one number per anchor
+    remains.
+    """
+    counts = torch.as_tensor(counts, dtype=features.dtype, device=features.device)
+    log_p, u = F.log_softmax(features, 1), (counts.sum() / counts).sqrt()[y]
+    target, is_tail = log_p.detach(), (y > 2 * (len(counts) // 3)).to(features.dtype)
+    divergence = (target.exp() * target).sum(1)[:, None] - target.exp() @ log_p.T  # [i,j] = KL(i || j)
+    sign = 1 - 2 * (y[:, None] == y[None]).to(features.dtype)
+    weighted = sign * (u[:, None] + u[None])
+    if variant == "official":
+        per_anchor = divergence.mean(1) / features.shape[1] * weighted.mean(1)
+    else:
+        per_anchor = (weighted * divergence).mean(1)
+    return (per_anchor * is_tail).sum() / is_tail.sum().clamp_min(1)
+
+
+@contextlib.contextmanager
+def awp_perturbation(model, loss_fn, gamma):
+    """AWP (Wu et al. 2020): inside, every weight tensor w with more than one dimension is w + v, with
+    v = gamma |w| g/|g| and g the gradient of loss_fn() at w; afterwards v is subtracted again.
+
+    gamma 0 does nothing at all. The ascent's own forward leaves the model's buffers as they were.
+    """
+    if not gamma:
+        yield
+        return
+    weights = [p for name, p in model.named_parameters() if name.endswith("weight") and p.dim() > 1]
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    gradients = torch.autograd.grad(loss_fn(), weights)
+    for buffer, value in kept:
+        buffer.copy_(value)
+    ratios = [gamma * w.detach().norm() / (g.norm() + 1e-20) for w, g in zip(weights, gradients, strict=True)]
+    steps = torch._foreach_mul(gradients, ratios)
+    with torch.no_grad():
+        torch._foreach_add_(weights, steps)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_sub_(weights, steps)
+
+
 @dataclass
 class Batch:
     """What an outer loss may look at; `student` is in train mode, `teacher` maps images to logits, no
@@ -1095,6 +1284,48 @@ def _pgd_at(b):
     return F.cross_entropy(logits, b.y), logits
 
 
+def _trades(b):
+    logits, logits_adv = b.student(b.x), b.student(b.x_adv)
+    return trades_loss(logits, logits_adv, b.y, b.cfg.beta), logits_adv
+
+
+def _mart(b):
+    logits, logits_adv = b.student(b.x), b.student(b.x_adv)
+    return mart_loss(logits, logits_adv, b.y, b.cfg.beta), logits_adv
+
+
+def robal_constants(num_classes) -> dict:
+    """RoBal-R's published constants: its CIFAR-10 row up to 10 classes, its CIFAR-100 row beyond."""
+    few = dict(scale=10.0, margin=0.1, tau_b=1.5, tau_m=0.3)
+    return few if num_classes <= 10 else dict(scale=10.0, margin=0.3, tau_b=0.0, tau_m=0.0)
+
+
+def with_evaluation_head(model, counts, tau_p=1.7) -> nn.Module:
+    """A copy of a RoBal network with its post-hoc head: 10 * scores - tau_p ln(n_c/N), beyond 10 classes
+    only.
+
+    Any other network is returned as it is.
+    """
+    if not isinstance(model.head, CosineHead) or len(counts) <= 10:
+        return model
+    model, counts = copy.deepcopy(model), torch.as_tensor(counts, dtype=torch.float32)
+    model.head.scale = 10.0
+    model.head.prior.copy_(tau_p * (counts / counts.sum()).log())
+    return model
+
+
+def _robal(b):
+    scores, scores_adv = b.student(b.x), b.student(b.x_adv)
+    constants = robal_constants(len(b.counts))
+    return robal_loss(scores, scores_adv, b.y, b.counts, **constants, beta=b.cfg.beta), scores_adv
+
+
+def _reat(b):
+    logits, features = b.student(b.x_adv, with_features=True)
+    tail = reat_tail_loss(features, b.y, b.counts, b.cfg.reat_tail)
+    return balanced_softmax_loss(logits, b.y, b.counts, b.cfg.tau) + tail, logits
+
+
 def _at_bsl(b):
     logits = b.student(b.x_adv)
     return balanced_softmax_loss(logits, b.y, b.counts, b.cfg.tau), logits
@@ -1102,31 +1333,74 @@ def _at_bsl(b):
 
 def _ltsd(b):
     """The paper: balanced softmax at x' plus alpha times the distillation from the balanced self-teacher."""
-    minus = 2 * b.x - b.x_adv  # x - d, not clipped, as in IGDM's code
-    logits, logits_minus = b.student(b.x_adv), b.student(minus)
-    teacher_plus, teacher_minus = b.teacher(torch.cat([b.x_adv, minus])).chunk(2)
-    distillation = igdm_loss(logits, logits_minus, teacher_plus, teacher_minus)
+    logits = b.student(b.x_adv)
+    if b.cfg.kd == "kl":
+        distillation = distillation_loss(logits, b.teacher(b.x_adv))
+    else:
+        minus = 2 * b.x - b.x_adv  # x - d, not clipped, as in IGDM's code
+        teacher_plus, teacher_minus = b.teacher(torch.cat([b.x_adv, minus])).chunk(2)
+        distillation = igdm_loss(logits, b.student(minus), teacher_plus, teacher_minus)
     return balanced_softmax_loss(logits, b.y, b.counts, b.cfg.tau) + b.alpha * distillation, logits
+
+
+def kl_objective(logits, y, aux):
+    """Mean KL(p(x) || p(x')), what TRADES' attack ascends; aux: log p(x), [N,C]."""
+    return F.kl_div(F.log_softmax(logits, 1), aux, reduction="batchmean", log_target=True)
+
+
+def weighted_objective(logits, y, aux):
+    """Class-weighted cross-entropy, what REAT's attack ascends; aux: weights [C]. With eval-mode batch norm
+    each image's gradient is only scaled, so that its sign steps are those of plain cross-entropy."""
+    return F.cross_entropy(logits, y, weight=aux)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the comparison: outer loss (Batch -> scalar, logits at x'), what the attack ascends and where
-    it starts, how many train-mode forwards the loss takes, whether it needs the self-teacher."""
+    """A row of the comparison."""
 
-    loss: Callable
-    objective: Callable | None  # None: no attack, x' = x
-    init: str
-    forwards: int
-    teacher: bool = False
+    loss: Callable  # Batch -> (scalar, logits at x')
+    objective: Callable | None  # what the training attack ascends; None: no attack, x' = x
+    init: str  # where it starts
+    forwards: int  # train-mode forwards of the loss, for the time estimate
+    aux: Callable = lambda frozen, x, counts, predicted: None  # -> the objective's third argument
+    head: str = "linear"
+    awp: float = 0.0  # gamma of the weight perturbation around the step
+    teacher: bool = False  # needs the self-teacher
+    official: dict = field(default_factory=dict)  # the method's own published settings ...
+    official_data: tuple = ()  # ... and the data sets they were published for
 
 
+def _clean_log_p(frozen, x, counts, predicted):
+    with torch.no_grad():
+        return F.log_softmax(frozen(x), 1)
+
+
+def _reat_weights(frozen, x, counts, predicted):
+    return reat_class_weights(counts, predicted)
+
+
+# Published settings: robust_overfitting (pgd-at), the methods' own repositories (others). RoBal with the step
+# decay at 60 and 75 of its configuration files, not the compounding one that its released code runs.
 # fmt: off
+CE, LT = cross_entropy_objective, ("cifar10", "cifar100")
 METHODS = {
-    "natural": Method(_pgd_at, None,                    "none",    1),
-    "pgd-at":  Method(_pgd_at, cross_entropy_objective, "uniform", 1),
-    "at-bsl":  Method(_at_bsl, cross_entropy_objective, "gauss",   1),
-    "ltsd":    Method(_ltsd,   cross_entropy_objective, "gauss",   2, teacher=True),
+    "natural": Method(_pgd_at, None, "none", 1),
+    "pgd-at":  Method(_pgd_at, CE, "uniform", 1, official_data=LT,
+                      official=dict(epochs=200, milestones="0.5,0.75")),
+    "trades":  Method(_trades, kl_objective, "gauss", 2, _clean_log_p, official_data=("cifar10",),
+                      official=dict(epochs=76, milestones=f"{74 / 76}", weight_decay=2e-4)),
+    "mart":    Method(_mart, CE, "gauss", 2, official_data=("cifar10",),
+                      official=dict(epochs=120, milestones=f"{74 / 120},{89 / 120},{99 / 120}", lr=0.01,
+                                    weight_decay=3.5e-3, beta=5.0)),
+    "awp":     Method(_pgd_at, CE, "uniform", 1, awp=0.01, official_data=LT,
+                      official=dict(epochs=200, milestones="0.5,0.75")),
+    "robal":   Method(_robal, CE, "gauss", 2, head="cosine", official_data=LT,
+                      official=dict(epochs=80, milestones="0.75,0.9375", batch_size=64, weight_decay=2e-4)),
+    "reat":    Method(_reat, weighted_objective, "uniform", 1, _reat_weights, official_data=LT,
+                      official=dict(epochs=80, milestones="0.75,0.9375")),
+    "at-bsl":  Method(_at_bsl, CE, "gauss", 1, official_data=(*LT, "tinyimagenet"),
+                      official=dict(milestones="0.74,0.89,0.99")),
+    "ltsd":    Method(_ltsd, CE, "gauss", 2, teacher=True, official_data=(*LT, "tinyimagenet")),
 }
 # fmt: on
 
@@ -1136,10 +1410,10 @@ METHODS = {
 # ==========================================================================================================
 
 
-def lr_at(epoch, epochs, lr) -> float:
-    """The learning rate of an epoch (1 .. epochs): lr, a tenth after 75 % of the epochs, a hundredth after 90
-    %."""
-    return lr * 0.1 ** ((epoch > 0.75 * epochs) + (epoch > 0.9 * epochs))
+def lr_at(epoch, epochs, lr, milestones=(0.75, 0.9)) -> float:
+    """The learning rate of an epoch (1 .. epochs): lr, a tenth of it after each milestone, a share of the
+    epochs."""
+    return lr * 0.1 ** sum(epoch > round(share * epochs, 6) for share in milestones)
 
 
 def selection_starts(epochs):
@@ -1148,8 +1422,7 @@ def selection_starts(epochs):
 
 
 def write_atomic(path, content):
-    """Write text, or anything torch.save takes, so that readers and crashes see the old file or the new
-    one."""
+    """Write text, or what torch.save takes, so that readers and crashes see the old file or the new one."""
     path = pathlib.Path(path)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
@@ -1172,9 +1445,8 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # torch and pickle raise many kinds on a damaged file
-        raise UserError(
-            f"{path} is damaged or no checkpoint ({type(error).__name__}): remove it, or name another"
-        ) from error
+        kind = type(error).__name__
+        raise UserError(f"{path} is damaged or no checkpoint ({kind}): remove it or name another") from error
 
 
 def load_weights(model, path):
@@ -1185,21 +1457,16 @@ def load_weights(model, path):
     """
     saved = weights = read_checkpoint(path)
     if isinstance(saved, dict):
-        weights = next(
-            (saved[k] for k in ("state_dict", "model", "net") if isinstance(saved.get(k), dict)), saved
-        )
+        inner = [saved[k] for k in ("state_dict", "model", "net") if isinstance(saved.get(k), dict)]
+        weights = (inner or [saved])[0]
     if not isinstance(weights, dict) or not all(torch.is_tensor(v) for v in weights.values()):
-        raise UserError(
-            f"{path} holds no state_dict: expected one, bare or under 'state_dict', 'model' or 'net'"
-        )
+        raise UserError(f"{path} holds no state_dict: want one, bare or under 'state_dict', 'model' or 'net'")
     weights = {k.replace("module.", "").replace("_orig_mod.", ""): v for k, v in weights.items()}
     weights = {k: v for k, v in weights.items() if not k.startswith("sub_block1")}
-    own = {
-        k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked") or k in weights
-    }
-    wrong = sorted(own.keys() ^ weights.keys()) + [
-        k for k in own if k in weights and weights[k].shape != own[k].shape
-    ]
+    own = model.state_dict()
+    own = {k: v for k, v in own.items() if not k.endswith("num_batches_tracked") or k in weights}
+    wrong = sorted(own.keys() ^ weights.keys())
+    wrong += [k for k in own if k in weights and weights[k].shape != own[k].shape]
     if wrong:
         many = f"{len(wrong)} names or shapes differ, the first is {wrong[0]}"
         raise UserError(f"{path} does not fit the network ({many}): check --arch, --data and --method")
@@ -1222,7 +1489,8 @@ class Phase:
     def cost(self, steps):
         """Forward passes for one image (a backward counts as two): the unit of the time estimate."""
         row = METHODS[self.method]
-        return (3 * steps if row.objective else 0) + 3 * row.forwards + (2 if row.teacher else 0)
+        passes = 3 * row.forwards * (2 if row.awp else 1) + (2 if row.teacher else 0)
+        return passes + (3 * steps if row.objective else 0)
 
 
 def to_float(images_u8):
@@ -1241,37 +1509,47 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
     row, device, dtype = METHODS[phase.method], data.train_images.device, AMP_DTYPE[cfg.amp]
     model, optimizer, scaler, streams, at = _start(cfg, phase, data, run, device)
     frozen, counts = FrozenCopy(model, dtype), torch.tensor(phase.counts, dtype=torch.float32, device=device)
+    predicted = at["predicted"].to(device)  # per class, in the epoch before; the counts in the first
     threat = dict(eps=cfg.eps / 255, step_size=cfg.step_size / 255, steps=cfg.steps, init=row.init)
+    threat |= dict(objective=row.objective, generator=streams["noise"])
+    milestones = [float(share) for share in cfg.milestones.split(",")]
     steps = math.ceil(len(phase.indices) / phase.batch_size)
     for epoch in range(at["epoch"] + 1, phase.epochs + 1):
-        watch = Watch(device, phase, epoch, steps)
+        watch, lr = Watch(device, phase, epoch, steps), lr_at(epoch, phase.epochs, cfg.lr, milestones)
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(epoch, phase.epochs, cfg.lr)
+            group["lr"] = lr
         order = phase.indices[torch.randperm(len(phase.indices), generator=streams["order"])].to(device)
-        images, labels = augment(data.train_images[order], "none", streams["order"]), data.train_labels[order]
+        images, labels = (
+            augment(data.train_images[order], cfg.aug, streams["order"]),
+            data.train_labels[order],
+        )
         for i in range(steps):
             part = slice(i * phase.batch_size, (i + 1) * phase.batch_size)
             x, y = to_float(images[part]), labels[part]
             frozen.refresh()
-            x_adv = x
-            if row.objective:
-                x_adv = pgd_attack(
-                    frozen, x, y, objective=row.objective, generator=streams["noise"], **threat
-                )
-            alpha = cfg.alpha * epoch / phase.epochs
-            batch = Batch(model.train(), x, x_adv, y, counts, cfg, alpha, teacher)
-            with torch.autocast(device.type, dtype, enabled=cfg.amp != "off"):
-                loss, logits = row.loss(batch)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            aux = row.aux(frozen, x, counts, predicted)
+            x_adv = pgd_attack(frozen, x, y, aux=aux, **threat) if row.objective else x
+            batch = Batch(model.train(), x, x_adv, y, counts, cfg, cfg.alpha * epoch / phase.epochs, teacher)
+
+            def outer(batch=batch):
+                with torch.autocast(device.type, dtype, enabled=cfg.amp != "off"):
+                    return row.loss(batch)
+
+            with awp_perturbation(model, lambda: outer()[0], row.awp):
+                loss, logits = outer()
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
             watch.add(i, loss.detach(), logits.detach(), y)
             run.estimate(phase, i, len(x))
         mean_loss, accuracy = watch.read()
-        at["epoch"], at["seconds"] = epoch, at["seconds"] + time.perf_counter() - watch.began
-        line = f"{phase.name} {epoch:>4}/{phase.epochs:<4} lr {lr_at(epoch, phase.epochs, cfg.lr):<7.2g}"
-        line += f" loss {mean_loss:8.4f}  train {accuracy:6.2f}  {at['seconds'] / epoch:7.1f} s/epoch"
+        predicted = watch.predicted
+        at |= dict(
+            epoch=epoch, seconds=at["seconds"] + time.perf_counter() - watch.began, predicted=predicted.cpu()
+        )
+        line = f"{phase.name} {epoch:>4}/{phase.epochs:<4} lr {lr:<7.2g} loss {mean_loss:8.4f}"
+        line += f"  train {accuracy:6.2f}  {at['seconds'] / epoch:7.1f} s/epoch"
         line += _select(cfg, phase, data, run, model, epoch, at)
         saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         generators = {name: generator.get_state() for name, generator in streams.items()}
@@ -1285,13 +1563,18 @@ def _start(cfg, phase, data, run, device):
     """Network, optimiser, loss scaler, random streams and where training stands, fresh or from state.pt."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(cfg.seed, phase.name, "weights"))
-        model = build_model(cfg.arch, len(data.classes)).to(device)
+        model = build_model(cfg.arch, len(data.classes), METHODS[phase.method].head).to(device)
     optimizer = torch.optim.SGD(model.parameters(), cfg.lr, cfg.momentum, weight_decay=cfg.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     streams = {"order": torch.Generator(), "noise": torch.Generator(device)}
     for name, generator in streams.items():
         generator.manual_seed(derive_seed(cfg.seed, phase.name, name))
-    at = {"epoch": 0, "best": None, "seconds": 0.0}
+    at = {
+        "epoch": 0,
+        "best": None,
+        "seconds": 0.0,
+        "predicted": torch.tensor(phase.counts, dtype=torch.float64),
+    }
     state = run.load_state(phase.name)
     if state:
         model.load_state_dict(state["model"])
@@ -1310,7 +1593,8 @@ def _select(cfg, phase, data, run, model, epoch, at):
         return ""
     began, rule = time.perf_counter(), "pgd" if METHODS[phase.method].objective else "clean"
     threat = dict(eps=cfg.eps / 255, seed=cfg.seed, amp=cfg.amp, attacks=("clean", "pgd"))
-    result = evaluate(model, data.test_images, data.test_labels, tail=data.tail, **threat)
+    scored = with_evaluation_head(model, phase.counts)
+    result = evaluate(scored, data.test_images, data.test_labels, tail=data.tail, **threat)
     at["selection"] = at.get("selection", 0.0) + time.perf_counter() - began
     better = at["best"] is None or result[rule] > at["best"]["score"]
     if better:
@@ -1320,29 +1604,27 @@ def _select(cfg, phase, data, run, model, epoch, at):
 
 
 class Watch:
-    """An epoch's loss and training accuracy, kept on the device and read every SYNC_EVERY steps."""
+    """An epoch's loss, accuracy and predictions, kept on the device and read every SYNC_EVERY steps."""
 
     def __init__(self, device, phase, epoch, steps):
-        self.total = torch.zeros(
-            4, dtype=torch.float64, device=device
-        )  # loss, correct, seen, first bad step + 1
+        wide = dict(dtype=torch.float64, device=device)
+        self.total = torch.zeros(4, **wide)  # loss, correct, seen, first bad step + 1
+        self.predicted = torch.zeros(len(phase.counts), **wide)  # how often each class
         self.phase, self.epoch, self.steps, self.began = phase, epoch, steps, time.perf_counter()
 
     def add(self, step, loss, logits, y):
         first_bad = (~torch.isfinite(loss) & (self.total[3] == 0)) * (step + 1.0)
-        correct, seen = (logits.argmax(1) == y).sum(), torch.full_like(loss, len(y))
+        guess, seen = logits.argmax(1), torch.full_like(loss, len(y))
+        correct = (guess == y).sum()
+        self.predicted.index_add_(0, guess, torch.ones_like(guess, dtype=torch.float64))
         self.total += torch.stack([loss * len(y), correct, seen, first_bad])
         if (step + 1) % SYNC_EVERY == 0:
             loss, _ = self.read()
             if sys.stderr.isatty():
-                spent, ahead = (
-                    time.perf_counter() - self.began,
-                    (self.phase.epochs - self.epoch + 1) * self.steps,
-                )
+                spent = time.perf_counter() - self.began
+                ahead = (self.phase.epochs - self.epoch + 1) * self.steps
                 eta, rate = hms(spent / (step + 1) * (ahead - step - 1)), (step + 1) * len(y) / spent
-                line = (
-                    f"{self.phase.name} {self.epoch}/{self.phase.epochs} loss {loss:.3f}  {rate:.0f} images/s"
-                )
+                line = f"{self.phase.name} {self.epoch}/{self.phase.epochs} loss {loss:.3f}  {rate:.0f} img/s"
                 print(f"{line + '  ETA ' + eta:<79}", end="\r", file=sys.stderr, flush=True)
 
     def read(self):
@@ -1350,9 +1632,7 @@ class Watch:
         loss, correct, seen, bad = self.total.tolist()
         if bad:
             where = f"{self.phase.name}, epoch {self.epoch}, step {bad:.0f}"
-            raise UserError(
-                f"the loss was not finite ({where}); the last complete epoch is saved: try a lower --lr"
-            )
+            raise UserError(f"the loss was not finite ({where}); the epoch before is saved: try a lower --lr")
         return loss / max(seen, 1), 100 * correct / max(seen, 1)
 
 
@@ -1365,25 +1645,488 @@ def hms(seconds):
 
 
 # ==========================================================================================================
+# 9  AutoAttack
+# ==========================================================================================================
+# Own code from the papers: arXiv 2003.01690 (APGD), 1907.02044 (FAB), 1912.00049 (Square); maximum norm only.
+# An attack is a small class with start(lane) and advance(lane); run_lanes() owns the batch. A lane is one job
+# (point, target): row i of every tensor in the dict `lane`, with its own counter lane["step"][i]. A lane that
+# ends is refilled at once, so the batch stays full until the jobs run out; then it shrinks.
+
+AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
+
+
+# Every random draw is a hash of (seed, attack, point, target, iteration, number): it depends neither on the
+# batch a point sits in nor on the device. int64 products wrap; masking off the sign's copies makes the shifts
+# logical.
+def hash64(z):
+    """splitmix64's output function, element by element. int64 in, int64 out (all 64 bits used)."""
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
+def random_bits(key, count):
+    """int64 [N] keys -> int64 [N, count] independent words."""
+    counter = (
+        torch.arange(1, count + 1, device=key.device) * -0x61C8864680B583EB
+    )  # splitmix64's odd increment
+    return hash64(hash64(key)[:, None] + counter)
+
+
+def random_below(words, bound):
+    """Integers in [0, bound): the upper 32 bits times the bound, shifted; exact on every device."""
+    return (((words >> 32) & 0xFFFFFFFF) * bound) >> 32
+
+
+def image_like(rows, x):
+    """[N] -> [N, 1, 1, 1] to broadcast against x."""
+    return rows.view(-1, *[1] * (x.dim() - 1))
+
+
+def is_fooled(logits, y):
+    """bool [N]: another class beats y, by more than the rounding that an image shows when its batch changes
+    shape, so that the verdict survives re-scoring. NaN logits never count."""
+    slack = 100 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
+    return margin(logits, y) < -slack
+
+
+def margin(logits, y):
+    """z_y - max of the others, [N]."""
+    others = logits.scatter(1, y[:, None], -math.inf).amax(1)
+    return logits.gather(1, y[:, None])[:, 0] - others
+
+
+def logit_gap(logits, lane):
+    """z_target - z_y, [N]."""
+    return (logits.gather(1, lane["target"][:, None]) - logits.gather(1, lane["y"][:, None]))[:, 0]
+
+
+def _cross_entropy_rows(logits, lane):
+    return F.cross_entropy(logits, lane["y"], reduction="none")
+
+
+def targeted_dlr(logits, lane):
+    """(z_target - z_y) / (z_(1) - (z_(3) + z_(4)) / 2), z_(i) the i-th largest: blind to shift and scale."""
+    top = logits.topk(4, dim=1).values
+    return logit_gap(logits, lane) / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
+
+
+def input_gradient(net, x, objective):
+    """(logits, objective per row, its gradient at x); parameters get none."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = net(x)
+        value = objective(logits)
+        if not value.requires_grad:
+            raise ValueError("the output has no gradient at the input; run attacks=('square',) only")
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    return logits.detach(), value.detach(), gradient
+
+
+class APGD:
+    """Auto-PGD (2003.01690, Algorithm 1): momentum; at checkpoints the step may halve, from the best."""
+
+    def __init__(self, nets, eps, iterations, loss, targets=1):
+        self.ascend, self.exact = nets
+        self.eps, self.iterations, self.loss, self.targets = eps, iterations, loss, targets
+        self.evaluations = iterations + 1
+        # Interval to the first checkpoint, by how much intervals shrink, the least one; in iterations.
+        self.first, self.shrink, self.least = (max(int(p * iterations), 1) for p in (0.22, 0.03, 0.06))
+
+    def start(self, lane):
+        x0, n = lane["x0"], len(lane["x0"])
+        noise = (random_bits(lane["key"], x0[0].numel()) >> 40 & 0xFFFFFF).to(x0.dtype) * 2**-23 - 1
+        noise /= noise.abs().amax(1, keepdim=True) + 1e-12  # at least one pixel on the face of the ball
+        row = x0.new_zeros(n)
+        lane["low"], lane["high"] = (x0 - self.eps).clamp_(min=0), (x0 + self.eps).clamp_(max=1)
+        lane["z"] = (x0 + self.eps * noise.view(x0.shape)).clamp_(0, 1)
+        lane["before"], lane["best"] = lane["z"].clone(), lane["z"].clone()
+        lane["best_gradient"] = torch.zeros_like(x0)
+        lane |= {"best_loss": row - math.inf, "last_loss": row + math.inf, "loss_at_check": row.clone()}
+        lane |= {"rises": row.clone(), "size": row + 2 * self.eps, "halved": row == 0}
+        lane["interval"] = torch.full_like(lane["y"], self.first)
+        lane["check"] = lane["interval"].clone()
+
+    def advance(self, lane):
+        """Score lane["z"], then move it. -> (scored images, which fool, which are used up)."""
+        z, step = lane["z"], lane["step"]
+        logits, loss, gradient = input_gradient(self.ascend, z, lambda logits: self.loss(logits, lane))
+        better = loss > lane["best_loss"]
+        lane["best_loss"] = torch.where(better, loss, lane["best_loss"])
+        lane["best"] = torch.where(image_like(better, z), z, lane["best"])
+        lane["best_gradient"] = torch.where(image_like(better, z), gradient, lane["best_gradient"])
+        lane["rises"] += loss > lane["last_loss"]
+        lane["last_loss"] = loss
+
+        # Halve where too few steps rose, or the best loss stood still since a checkpoint that did not halve.
+        checked = step == lane["check"]
+        stuck = ~lane["halved"] & (lane["loss_at_check"] >= lane["best_loss"])
+        halve = checked & ((lane["rises"] <= 0.75 * lane["interval"]) | stuck)
+        lane["halved"] = torch.where(checked, halve, lane["halved"])
+        lane["loss_at_check"] = torch.where(checked, lane["best_loss"], lane["loss_at_check"])
+        lane["rises"].masked_fill_(checked, 0)
+        lane["size"] = torch.where(halve, lane["size"] / 2, lane["size"])
+        shorter = (lane["interval"] - self.shrink).clamp_(min=self.least)
+        lane["interval"] = torch.where(checked, shorter, lane["interval"])
+        lane["check"] += checked * lane["interval"]
+        here = torch.where(image_like(halve, z), lane["best"], z)
+        gradient = torch.where(image_like(halve, z), lane["best_gradient"], gradient)
+
+        aim = here + image_like(lane["size"], z) * gradient.sign_()
+        aim = aim.clamp_(lane["low"], lane["high"])
+        pull = image_like(torch.where(step > 0, 0.75, 1.0).to(z.dtype), z)  # the first step has no momentum
+        moved = here + pull * (aim - here) + (1 - pull) * (here - lane["before"])
+        lane["before"], lane["z"] = here, moved.clamp_(lane["low"], lane["high"])
+        lane["step"] = step + 1
+        return z, is_fooled(logits, lane["y"]), lane["step"] >= self.evaluations
+
+
+def project_linf(t, w, gap):
+    """Smallest d in the maximum norm with <w, d> = -gap and t + d in [0, 1]; else the corner closest to that.
+
+    t, w [N, D]; gap [N]. Every coordinate moves by the same length, cut at the room it has. The length solves
+    sum |w| min(length, room) = |gap|: concave and piecewise linear, so Newton from the left arrives exactly,
+    after about four steps (sorting the breakpoints takes three times as long)."""
+    need, weight = gap.abs(), w.abs()
+    down = w * gap.sign()[:, None]  # > 0 where the coordinate has to fall
+    room = torch.where(down > 0, t, 1 - t)
+    full = weight * room
+    length = need / weight.sum(1).clamp_min(1e-30)
+    while True:
+        free = room > length[:, None]
+        longer = need - full.masked_fill(free, 0).sum(1)
+        longer /= weight.masked_fill(~free, 0).sum(1).clamp_min(1e-30)
+        if not (longer > length).any():
+            return -down.sign() * torch.minimum(length[:, None], room)
+        length = torch.maximum(length, longer)
+
+
+class FAB:
+    """Targeted FAB (1907.02044): step onto the linearised boundary to the target, drawn to the clean point.
+
+    Two forwards and one backward an iteration. Merging the verdict with the next gradient does not pay: after
+    a success (nine iterations in ten) the backward step moves the point, which needs its own forward."""
+
+    ALPHA_MAX, ETA, BETA = 0.1, 1.05, 0.9
+
+    def __init__(self, nets, eps, iterations, targets):
+        self.ascend = self.exact = nets[1]
+        self.eps, self.iterations, self.targets = eps, iterations, targets
+        self.evaluations = iterations
+
+    def start(self, lane):
+        lane["z"] = lane["x0"].clone()
+
+    def advance(self, lane):
+        x0, z, n = lane["x0"], lane["z"], len(lane["z"])
+        _, gap, gradient = input_gradient(self.exact, z, lambda logits: logit_gap(logits, lane))
+        w = gradient.flatten(1)
+        gap_at_x0 = gap + (w * (x0 - z).flatten(1)).sum(1)
+        both = project_linf(torch.cat([z, x0]).flatten(1), w.repeat(2, 1), torch.cat([gap, gap_at_x0]))
+        reach = both.abs().amax(1).clamp_min_(1e-8)
+        alpha = image_like((reach[:n] / (reach[:n] + reach[n:])).clamp_(max=self.ALPHA_MAX), z)
+        from_z, from_x0 = both[:n].view_as(z), both[n:].view_as(z)
+        z = ((z + self.ETA * from_z) * (1 - alpha) + (x0 + self.ETA * from_x0) * alpha).clamp_(0, 1)
+        crossed = is_fooled(self.exact(z), lane["y"])
+        lane["z"] = torch.where(image_like(crossed, z), x0 + self.BETA * (z - x0), z)
+        lane["step"] = lane["step"] + 1
+        near = (z - x0).abs().flatten(1).amax(1) <= self.eps
+        return z, crossed & near, lane["step"] >= self.evaluations
+
+
+class Square:
+    """Square attack: random search over squares whose side follows a schedule; values only, no gradient."""
+
+    P_INIT = 0.8
+    HALVE_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+    def __init__(self, nets, eps, queries):
+        self.ascend = self.exact = nets[1]
+        self.eps, self.targets, self.evaluations = eps, 1, queries + 1
+
+    def start(self, lane):
+        x0 = lane["x0"]
+        n, channels, height, width = x0.shape
+        lane["low"], lane["high"] = (x0 - self.eps).clamp_(min=0), (x0 + self.eps).clamp_(max=1)
+        stripes = random_bits(lane["key"], channels * width).view(n, channels, 1, width) < 0
+        lane["z"] = torch.where(stripes, lane["low"], lane["high"])
+        lane["best"], lane["margin"] = x0.clone(), x0.new_full((n,), math.inf)
+        shares = [self.P_INIT / 2**k for k in range(len(self.HALVE_AFTER) + 1)]
+        sides = [min(max(round(math.sqrt(p * height * width)), 1), height, width) for p in shares]
+        self.sides = torch.tensor(sides, device=x0.device)
+        self.halve_after = torch.tensor(self.HALVE_AFTER, device=x0.device)
+
+    def advance(self, lane):
+        z, scored = lane["z"], lane["z"]
+        logits = self.exact(z)
+        value = margin(logits, lane["y"])
+        better = value < lane["margin"]
+        lane["margin"] = torch.where(better, value, lane["margin"])
+        lane["best"] = torch.where(image_like(better, z), z, lane["best"])
+        lane["z"] = self.propose(lane)
+        lane["step"] = lane["step"] + 1
+        return scored, is_fooled(logits, lane["y"]), lane["step"] >= self.evaluations
+
+    def propose(self, lane):
+        """The best image with one square recoloured, each channel to one of its two bounds: from the stripes
+        on, every pixel lies on a bound, where adding +-2 eps and projecting means just that."""
+        best, step = lane["best"], lane["step"]
+        _, channels, height, width = best.shape
+        side = self.sides[torch.bucketize(step, self.halve_after)]
+        words = random_bits(lane["key"] + step + 1, channels + 2)
+        inside = []
+        for axis, length in ((0, height), (1, width)):
+            # Places 0 to length - side - 1, as in the official code: the last row and column stay out.
+            # With all places (the paper's) Square is stronger, by 14 points on 12x12 images.
+            first = random_below(words[:, axis], (length - side).clamp_(min=1))[:, None]
+            place = torch.arange(length, device=best.device)
+            inside.append((place >= first) & (place < first + side[:, None]))
+        square = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+        colour = torch.where(words[:, 2:, None, None] < 0, lane["low"], lane["high"])
+        return torch.where(square, colour, best)
+
+
+def confirm(attack, lane, scored, flags):
+    """-> bool [lanes], which are fooled: a low-precision ascent only claims, `exact` decides. A lane ending
+    without success gets one more exact look, at its best point, which then replaces `scored`."""
+    fooled = np.zeros(len(flags), bool)
+    for look_at_best in (False, True):
+        asked = (flags >= 2) & ~fooled if look_at_best else (flags & 1) > 0
+        slots = torch.as_tensor(np.flatnonzero(asked), device=scored.device)
+        if len(slots):
+            images = (lane["best"] if look_at_best else scored)[slots]
+            verdict = is_fooled(attack.exact(images), lane["y"][slots])
+            scored[slots[verdict]] = images[verdict]
+            fooled[asked] |= verdict.cpu().numpy()
+    return fooled
+
+
+def run_lanes(attack, rows, make_lane, batch_size, progress):
+    """Run an attack on rows: all against their first target, those still robust against the second, ...
+    Yields (row numbers, adversarial images) as they are found."""
+    queue = deque((row, 0) for row in rows)
+    jobs, lane, tick = [], {}, 0  # jobs[i] of lane i: row, rank of its target, first tick
+    left = len(queue) * attack.targets * attack.evaluations  # lane iterations still to do, at most
+    while queue or jobs:
+        fresh = [queue.popleft() for _ in range(min(len(queue), batch_size - len(jobs)))]
+        if fresh:
+            new = make_lane(fresh)
+            attack.start(new)
+            lane = {name: torch.cat([lane[name], new[name]]) for name in new} if jobs else new
+            jobs += [(row, rank, tick) for row, rank in fresh]
+        left, tick = left - len(jobs), tick + 1
+        scored, claims, used_up = attack.advance(lane)
+        flags = (claims + 2 * used_up.int()).cpu().numpy()  # the one wait for the device in an iteration
+        fooled = (flags & 1) > 0 if attack.ascend is attack.exact else confirm(attack, lane, scored, flags)
+        ended = fooled | (flags >= 2)
+        if fooled.any():
+            hits = [jobs[slot] for slot in np.flatnonzero(fooled)]
+            spared = [(attack.targets - rank) * attack.evaluations - tick + first for _, rank, first in hits]
+            left -= sum(spared)
+            yield [row for row, _, _ in hits], scored[torch.as_tensor(fooled, device=scored.device)]
+        if ended.any():
+            survivors = [jobs[slot][:2] for slot in np.flatnonzero(ended & ~fooled)]
+            queue.extend((row, rank + 1) for row, rank in survivors if rank + 1 < attack.targets)
+            jobs = [jobs[slot] for slot in np.flatnonzero(~ended)]
+            keep = torch.as_tensor(np.flatnonzero(~ended), device=scored.device)
+            lane = {name: tensor.index_select(0, keep) for name, tensor in lane.items()}
+        progress(left)
+
+
+class Points:
+    """What the attacks share: images, labels, the ranking of the clean logits, who is still robust."""
+
+    def __init__(self, net, x, y, batch_size, index, gradients):
+        self.x, self.y, self.batch_size = x, y, batch_size
+        self.index = torch.arange(len(x)) if index is None else index.cpu()
+        self.logits = logits = _in_batches(net, x, batch_size)
+        shape, self.classes = list(logits.shape), logits.shape[-1]
+        if shape != [len(y), self.classes] or self.classes < 2 or logits.dtype not in FLOATS:
+            raise ValueError(f"logits are {logits.dtype} {shape}: want float32 [{len(y)}, 2 or more classes]")
+        if not logits.isfinite().all() or not 0 <= y.min() <= y.max() < self.classes:
+            span = f"y spans [{y.min()}, {y.max()}], finite logits: {bool(logits.isfinite().all())}"
+            raise ValueError(f"{span}: want labels below {self.classes} and no NaN among the clean logits")
+        part = slice(batch_size)
+        self.randomised = _warn_of_odd_models(net, x[part], y[part], logits[part], gradients)
+        # column 0 is y itself, then come its rivals in the order of the clean logits
+        self.order = logits.scatter(1, y[:, None], math.inf).argsort(1, descending=True)
+        self.robust = (logits.argmax(1) == y).cpu()
+
+    def lane(self, jobs, number):
+        """The lanes of jobs [(row, target's rank), ...]; number: what seeds this attack's draws."""
+        rows, ranks = torch.tensor(jobs).unbind(1)
+        key = hash64(hash64(hash64(hash64(number) + self.index[rows]) + ranks))
+        rows, ranks, key = (t.to(self.y.device) for t in (rows, ranks, key))
+        lane = {"key": key, "step": torch.zeros_like(rows), "x0": self.x[rows], "y": self.y[rows]}
+        return lane | {"target": self.order[rows, ranks + 1]}
+
+
+FLOATS = (torch.float32, torch.float64)
+
+
+def _in_batches(net, x, batch_size):
+    return torch.cat([net(part) for part in x.split(batch_size)])
+
+
+def _warn_of_odd_models(net, x, y, logits, gradients):
+    """Warn of models for which the result would mislead; arguments: the first batch. -> is it randomised?"""
+    apart, zero = float((net(x) - logits).abs().max() / logits.abs().max().clamp_min(1e-12)), 0
+    if gradients:
+        slope = input_gradient(net, x, lambda logits: margin(logits, y))[2]
+        zero = int((slope.flatten(1) == 0).all(1).sum())
+    softmax = bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all())
+    complaints = {
+        f"the same images twice give logits {apart:.1e} apart: the model is randomised and will look too "
+        "robust; make it deterministic, or average several forwards inside it": apart > 1e-4,
+        "the outputs are nonnegative and sum to 1: return logits, not softmax probabilities, whose gradients "
+        "vanish on confident points": softmax,
+        f"{zero} of {len(x)} images have an exactly zero input gradient (gradient masking): APGD and FAB are "
+        "blind there; remove the masking, or add an attack made for this defence": zero > 0.1 * len(x),
+    }
+    for complaint, holds in complaints.items():
+        if holds:
+            warnings.warn(f"autoattack: {complaint}", stacklevel=4)
+    return apart > 1e-4
+
+
+def _make_attack(name, nets, eps, budget, classes, log):
+    """The attack by its name; fewer classes, fewer targets."""
+    iterations, queries, targets = budget
+    targets = min(targets, classes - 1)
+    if name == "apgd-ce":
+        return APGD(nets, eps, iterations, _cross_entropy_rows)
+    if name == "apgd-t":
+        if classes < 4:
+            log(f"apgd-t    targeted DLR needs 4 classes, not {classes}: it climbs z_target - z_y instead")
+        return APGD(nets, eps, iterations, targeted_dlr if classes >= 4 else logit_gap, targets)
+    return FAB(nets, eps, iterations, targets) if name == "fab-t" else Square(nets, eps, queries)
+
+
+def _run_attack(name, attack, points, number):
+    """Attack the rows still robust. -> the fooled: {"rows" int64 [k], "images" [k,C,H,W], "seconds"}."""
+    began, rows, images = time.monotonic(), [], [points.x[:0]]
+    todo = points.robust.nonzero()[:, 0].tolist()
+    total, shown = len(todo) * attack.targets * attack.evaluations, began
+
+    def progress(left):
+        nonlocal shown
+        now = time.monotonic()
+        if sys.stderr.isatty() and now - shown > 0.5:
+            shown, eta = now, hms((now - began) * left / max(total - left, 1))
+            text = f"{name} {100 - 100 * left / max(total, 1):.0f} %  ETA {eta}" if left else ""
+            print(f"{text:<79}", end="\r", file=sys.stderr, flush=True)
+
+    def lane(jobs):
+        return points.lane(jobs, number)
+
+    for fooled, found in run_lanes(attack, todo, lane, points.batch_size, progress):
+        rows += fooled
+        images.append(found)
+    rows, images = torch.tensor(rows, dtype=torch.int64), torch.cat(images)
+    return {"rows": rows, "images": images.cpu(), "seconds": time.monotonic() - began}
+
+
+def _audit(net, points, x_adv, eps):
+    """Recompute from the returned images what the flags claim. -> a line of text, or RuntimeError."""
+    x, y, robust = points.x, points.y, points.robust.to(points.x.device)
+    moved = (x_adv - x).abs().flatten(1).amax(1)
+    # in the batches of the clean pass: an unchanged image gets bit for bit the logits it had there
+    again = _in_batches(net, x_adv, points.batch_size).argmax(1) == y
+    faults = {
+        "get another verdict when they are scored again": (again != robust) & (not points.randomised),
+        "lie outside the eps-ball": ~(moved <= eps + 1e-6),
+        "lie outside [0,1] or are NaN": ~((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1),
+        "changed although they were not fooled": robust & (moved != 0),
+    }
+    for fault, rows in faults.items():
+        if rows.any():
+            raise RuntimeError(f"autoattack's audit: {int(rows.sum())} of {len(x)} returned images {fault}")
+    span = f"range [{x_adv.min():g}, {x_adv.max():g}]  NaN {int(x_adv.isnan().sum())}"
+    share = 100 * again.double().mean()
+    return f"audit     |x_adv - x| <= {255 * moved.max():.4f}/255  {span}  scored again {share:.2f} %"
+
+
+def autoattack(
+    model, x, y, *, eps=8 / 255, attacks=AUTOATTACK, seed=0, batch_size=512, log=None,
+    iterations=100, queries=5000, targets=9, index=None, state=None, nets=None,
+) -> torch.Tensor:  # fmt: skip
+    """AutoAttack standard in the maximum norm (Croce & Hein 2020): each attack runs on the points that
+    survived those before it.
+
+    model: nn.Module, [N,C,H,W] in [0,1] -> logits [N,classes]; run in eval mode and left as it was. x:
+    float32 or float64; y: int64 [N]; same device. Returns x_adv like x: a fooled point carries its
+    adversarial image, any other is unchanged. log: called with one line of text at a time. iterations: of
+    APGD and FAB, per target. index: int64 [N], the points' numbers in the random draws (default 0 .. N-1):
+    results do not depend on batch_size. state: a mutable mapping; state[attack] is set when that attack has
+    ended and used when the same call is made again (same model and data: the caller's care). nets: (forward
+    that steers APGD, forward that decides everything), by default the model twice, a Net as its FrozenCopy.
+    Fewer than 10 classes: as many targets as there are; fewer than 4: APGD-T climbs z_target - z_y, as DLR
+    needs 4. ValueError for bad input, RuntimeError when the final audit fails.
+    """
+    check_images(x, y, FLOATS)
+    if (
+        not 0 <= eps <= 1
+        or batch_size < 1
+        or sorted(attacks) != sorted(set(attacks) & set(AUTOATTACK))
+        or not attacks
+    ):
+        given = f"eps {eps}, batch_size {batch_size}, attacks {attacks}"
+        raise ValueError(f"{given}: want eps in [0,1], batch_size >= 1, each attack one of {AUTOATTACK}")
+    if index is not None and (index.shape != y.shape or index.dtype != torch.int64):
+        raise ValueError(f"index must be int64 [{len(x)}], got {index.dtype} {list(index.shape)}")
+    x, x_adv, log = x.detach(), x.detach().clone(), log or (lambda line: None)
+    budget = (iterations, queries, targets)
+    if not len(x):
+        return x_adv
+    exact = FrozenCopy(model, next(model.parameters()).dtype) if isinstance(model, Net) else model
+    nets, state = nets or (exact, exact), {} if state is None else state
+    with eval_mode(exact), torch.no_grad(), ieee_float32():
+        points = Points(nets[1], x, y, batch_size, index, set(attacks) != {"square"})
+        robust = points.robust
+        log(f"clean     points {int(robust.sum())}  accuracy {100 * robust.double().mean():.2f} %")
+        for position, name in enumerate(attacks):
+            settings = f"{len(x)} {eps} {seed} {budget} {attacks[: position + 1]}"
+            if name not in state:
+                attack = _make_attack(name, nets, eps, budget, points.classes, log)
+                number = torch.tensor(seed) + hash64(torch.tensor(1 + AUTOATTACK.index(name)))
+                state[name] = _run_attack(name, attack, points, number) | {"settings": settings}
+            found = state[name]
+            if found["settings"] != settings:
+                raise ValueError(f"state[{name!r}] was made with {found['settings']} not {settings}: drop it")
+            robust[found["rows"]] = False
+            x_adv[found["rows"].to(x.device)] = found["images"].to(x.device)
+            share = 100 * robust.double().mean()
+            log(f"{name:9s} points {int(robust.sum())}  robust {share:.2f} %  {found['seconds']:.1f} s")
+        late = len(state["square"]["rows"]) if "square" in attacks[1:] else 0
+        if late > max(1, 0.002 * len(x)):
+            text = (
+                f"autoattack: Square fooled {late} points that the gradient attacks missed: suspect gradient "
+            )
+            warnings.warn(text + "masking and add an attack made for this defence", stacklevel=2)
+        log(_audit(nets[1], points, x_adv, eps))
+    return x_adv
+
+
+# ==========================================================================================================
 # 10  Evaluation
 # ==========================================================================================================
 
-ATTACKS = ("clean", "pgd")
+ATTACKS = ("clean", "pgd", "aa")
 
 
 def evaluate(
-    model, images_u8, labels, *, tail=(), attacks=ATTACKS, eps=8 / 255, step_size=2 / 255, steps=20, seed=0,
-    batch_size=500, amp="off",
+    model, images_u8, labels, *, tail=(), attacks=("clean", "pgd"), eps=8 / 255, step_size=2 / 255, steps=20,
+    seed=0, batch_size=500, amp="off", log=None, state=None,
 ) -> dict:  # fmt: skip
     """Accuracy on test images in percent: overall, per class, on the tail classes.
 
     images_u8: uint8 [N,3,H,W]; labels: int64 [N], same device; tail: class indices. 'clean' is plain
-    accuracy; 'pgd' the accuracy at the last iterate of PGD: uniform start clipped to [0,1], one restart, no
-    early exit. Verdicts are IEEE float32; the attack's gradients come from a copy in `amp` precision ('off':
-    float32). The start noise depends on the seed and the batch's number only. Returns clean, tail_clean,
-    class_clean (a list) and the like, with balanced_* (mean of the class accuracies) where classes differ in
-    size. No global generator is touched and the model is left as it was. ValueError for no images, or another
-    dtype or shape.
+    accuracy; 'pgd' the accuracy at the last iterate of PGD (uniform start clipped to [0,1], one restart, no
+    early exit); 'aa' the accuracy under AutoAttack standard, to which log and state go. Verdicts are IEEE
+    float32; PGD's and APGD's gradients come from a copy in `amp` precision ('off': float32). Noise depends on
+    the seed and the batch's or the point's number only. Returns clean, tail_clean, class_clean (a list) and
+    the like, with balanced_* (mean of the class accuracies) where classes differ in size. No global generator
+    is touched and the model is left as it was. ValueError for no images, or another dtype or shape.
     """
     if images_u8.dtype != torch.uint8 or images_u8.ndim != 4 or not 0 < len(images_u8) == len(labels):
         shape = f"{images_u8.dtype} {list(images_u8.shape)}, {len(labels)} labels"
@@ -1392,21 +2135,24 @@ def evaluate(
     exact = FrozenCopy(model) if own else model
     fast = FrozenCopy(model, AMP_DTYPE[amp]) if own and amp != "off" else exact
     correct = {name: torch.zeros(len(labels), dtype=torch.bool, device=labels.device) for name in attacks}
+    adversarial = torch.empty(0)
+    if "aa" in attacks:
+        options = dict(eps=eps, seed=seed, batch_size=batch_size, log=log, state=state, nets=(fast, exact))
+        adversarial = autoattack(exact, to_float(images_u8), labels, **options)
     with eval_mode(exact), torch.no_grad():
         for i, start in enumerate(range(0, len(labels), batch_size)):
             part = slice(start, start + batch_size)
             x, y = to_float(images_u8[part]), labels[part]
             generator = torch.Generator(x.device).manual_seed(derive_seed(seed, "evaluation", i))
             for name in attacks:
-                x_adv = x
+                x_adv = adversarial[part] if name == "aa" else x
                 if name == "pgd":
                     threat = dict(eps=eps, step_size=step_size, steps=steps, generator=generator)
                     x_adv = pgd_attack(fast, x, y, **threat)
                 with ieee_float32():
                     correct[name][part] = exact(x_adv).argmax(1) == y
-    return {
-        k: v for name, flags in correct.items() for k, v in _metrics(name, flags, labels, list(tail)).items()
-    }
+    parts = [_metrics(name, flags, labels, list(tail)) for name, flags in correct.items()]
+    return {k: v for part in parts for k, v in part.items()}
 
 
 def _metrics(name, flags, labels, tail):
@@ -1493,20 +2239,15 @@ PAPER = """
 8 cifar100 10 wrn34-10 ltsd 50.55 23.43 20.16 38.4 19.5 50.87 22.21 19.44 42.5 18.4
 """
 # fmt: on
-COLUMNS = {
-    "clean": "clean",
-    "pgd": "PGD-20",
-    "aa": "AA",
-    "tail_clean": "T-clean",
-    "tail_pgd": "T-PGD",
-    "tail_aa": "T-AA",
-}
+HEADS = ("clean", "PGD-20", "AA", "T-clean", "T-PGD", "T-AA")
+COLUMNS = dict(zip(("clean", "pgd", "aa", "tail_clean", "tail_pgd", "tail_aa"), HEADS, strict=True))
 
 
 def paper_row(cfg, name):
     """The paper's numbers for a checkpoint ('teacher', 'best', 'last') of a resolved Config, or None."""
     method = "teacher" if name == "teacher" else cfg.method
-    key = [cfg.data, f"{cfg.ir or 0:g}", cfg.arch, method]
+    method += "" if cfg.aug == "none" or name == "teacher" else f"+{cfg.aug}"
+    key, name = [cfg.data, f"{cfg.ir or 0:g}", cfg.arch, method], name.partition(",")[0]
     for cells in (line.split() for line in PAPER.split("\n")):
         if cells[1:5] == key and name in ("teacher", "best", "last"):
             numbers = [None if c == "-" else float(c) for c in cells[10 if name == "last" else 5 :][:5]]
@@ -1515,9 +2256,18 @@ def paper_row(cfg, name):
 
 
 class Run:
-    """A run's folder: config.json, log.txt, state.pt, teacher.pt, best.pt, last.pt, results.json."""
+    """A run's folder; aa.pt is there while AutoAttack is under way."""
 
-    FILES = ("config.json", "log.txt", "state.pt", "teacher.pt", "best.pt", "last.pt", "results.json")
+    FILES = (
+        "config.json",
+        "log.txt",
+        "state.pt",
+        "teacher.pt",
+        "best.pt",
+        "last.pt",
+        "results.json",
+        "aa.pt",
+    )
 
     def __init__(self, cfg, argv=()):
         self.cfg, self.path = cfg, pathlib.Path(cfg.out or pathlib.Path("runs", run_name(cfg)))
@@ -1527,9 +2277,7 @@ class Run:
             self._claim()
             self._log = open(self.path / "log.txt", "a", encoding="utf-8")  # closed with the process
         except OSError as error:
-            raise UserError(
-                f"cannot write to {self.path} ({error.strerror}): choose another --out"
-            ) from error
+            raise UserError(f"cannot write to {self.path} ({error.strerror}): try another --out") from error
         gpu = cfg.device.startswith("cuda") and torch.cuda.get_device_name(cfg.device)
         versions = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
         versions["triton"] = triton.__version__ if HAS_TRITON else None
@@ -1550,12 +2298,12 @@ class Run:
                 theirs = json.loads(path.read_text())["identity"]
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path} is damaged: restore it, or start afresh with --overwrite") from None
-            odd = ", ".join(
-                f"{k} {theirs.get(k)} there, {mine[k]} here" for k in mine if theirs.get(k) != mine[k]
-            )
+            odd = [f"{k} {theirs.get(k)} there, {mine[k]} here" for k in mine if theirs.get(k) != mine[k]]
             if odd:
                 remedy = "choose another --out, or start afresh with --overwrite"
-                raise UserError(f"{self.path} holds a run of another configuration ({odd}): {remedy}")
+                raise UserError(
+                    f"{self.path} holds a run of another configuration ({', '.join(odd)}): {remedy}"
+                )
         write_atomic(path, json.dumps({"identity": mine, "config": asdict(self.cfg)}, indent=1) + "\n")
 
     def log(self, line, quiet=False):
@@ -1568,9 +2316,8 @@ class Run:
         return (self.path / f"{name}.pt").exists()
 
     def save_model(self, name, model, epoch):
-        write_atomic(
-            self.path / f"{name}.pt", dict(state_dict=model.state_dict(), epoch=epoch, arch=self.cfg.arch)
-        )
+        content = dict(state_dict=model.state_dict(), epoch=epoch, arch=self.cfg.arch)
+        write_atomic(self.path / f"{name}.pt", content)
 
     def save_state(self, state):
         write_atomic(self.path / "state.pt", dict(state, fingerprint=self.fingerprint))
@@ -1583,9 +2330,7 @@ class Run:
         if not isinstance(state, dict) or "fingerprint" not in state:
             raise UserError(f"{self.path / 'state.pt'} is no training state: start afresh with --overwrite")
         if state["fingerprint"] != self.fingerprint:
-            raise UserError(
-                f"the training images are not those {self.path} began with: use --overwrite or another --out"
-            )
+            raise UserError(f"the training images are not those {self.path} began with: use another --out")
         return state if state["phase"] == phase else None
 
     def results(self):
@@ -1652,17 +2397,18 @@ def table(runs) -> str:
 
     for cfg, results in runs:
         ratio = "natural counts" if cfg.ir is None else f"IR {cfg.ir:g}"
-        line(f"{cfg.data} {ratio} {cfg.arch} {cfg.method} seed {cfg.seed}", [COLUMNS[c] for c in shown])
+        method = cfg.method if cfg.aug == "none" else f"{cfg.method}+{cfg.aug}"
+        line(f"{cfg.data} {ratio} {cfg.arch} {method} seed {cfg.seed}", [COLUMNS[c] for c in shown])
         for name, m in results["checkpoints"].items():
             epoch = f" (epoch {m['epoch']})" if m.get("epoch") else ""
             for label, row in ((f"  {name}{epoch}", m), ("    paper", paper_row(cfg, name))):
                 if row:
                     line(label, ["-" if row.get(c) is None else f"{row[c]:.2f}" for c in shown])
     tail, epochs = len(runs[0][1]["data"]["tail_classes"]), math.ceil(runs[0][0].epochs / 4)
+    lines.append(f"T-: the {tail} rarest of the classes. best: highest PGD-20 (natural: clean) of the last")
     lines.append(
-        f"T-: the {tail} rarest of the classes. best: highest PGD-20 (natural: clean) of the last {epochs}"
+        f"{epochs} epochs, chosen on the test set as the paper's baselines do; last: the last epoch."
     )
-    lines.append("epochs, chosen on the test set as the paper's baselines do; last: the last epoch.")
     return "\n".join(lines)
 
 
@@ -1672,21 +2418,16 @@ def table(runs) -> str:
 
 
 def teacher_phase(cfg, data):
-    """PGD-AT on D_B, the balanced resample of the long-tailed set, drawn once per run."""
+    """The self-teacher: by default PGD-AT on D_B, the balanced resample of the set, drawn once per run."""
     ratio = data.counts[0] / data.counts[-1] if cfg.ir is None else cfg.ir
     gamma = max(1.0, ratio / 2) if cfg.gamma is None else cfg.gamma
     per_class = max(1, math.floor(gamma * min(data.counts)))
-    indices = balanced_indices(data.train_labels.cpu(), per_class, derive_seed(cfg.seed, "balanced"))
-    counts = [per_class] * len(data.counts)
-    return Phase(
-        "teacher",
-        "pgd-at",
-        cfg.teacher_epochs,
-        cfg.teacher_batch_size,
-        torch.from_numpy(indices),
-        counts,
-        False,
-    )
+    indices, counts = torch.arange(len(data.train_labels)), data.counts
+    if cfg.teacher_data == "balanced":
+        drawn = balanced_indices(data.train_labels.cpu(), per_class, derive_seed(cfg.seed, "balanced"))
+        indices, counts = torch.from_numpy(drawn), [per_class] * len(data.counts)
+    shape = (cfg.teacher_epochs, cfg.teacher_batch_size)
+    return Phase("teacher", cfg.teacher_method, *shape, indices, counts, False)
 
 
 def student_phase(cfg, data):
@@ -1696,30 +2437,39 @@ def student_phase(cfg, data):
 
 
 def stage_teacher(cfg, run, data):
-    """Fit the self-teacher; its last epoch becomes teacher.pt."""
+    """Fit the self-teacher; its last epoch becomes teacher.pt, unless --teacher names one to copy."""
     if run.has("teacher"):
         return
+    if cfg.teacher:
+        model = build_model(cfg.arch, len(data.classes), METHODS[cfg.teacher_method].head)
+        epoch = load_weights(model, cfg.teacher)
+        digest = hashlib.sha256(pathlib.Path(cfg.teacher).read_bytes()).hexdigest()
+        run.log(f"teacher: a copy of {cfg.teacher}, sha256 {digest}")
+        run.save_model("teacher", model, epoch)
+        return
     phase = teacher_phase(cfg, data)
-    run.log(
-        f"teacher: {phase.method} on D_B, {phase.counts[0]} images of each of {len(phase.counts)} classes"
-    )
+    head, tail = phase.counts[0], phase.counts[-1]
+    run.log(f"teacher: {phase.method} on {len(phase.indices)} images, {head} to {tail} a class")
     run.save_model("teacher", train(cfg, phase, data, run), phase.epochs)
+
+
+def load_teacher(cfg, run, data):
+    """The run's frozen teacher: images -> logits, of its evaluation head where it has one."""
+    _need(run.path / "teacher.pt", "teacher")
+    model = build_model(cfg.arch, len(data.classes), METHODS[cfg.teacher_method].head)
+    load_weights(model, run.path / "teacher.pt")
+    model = with_evaluation_head(model, teacher_phase(cfg, data).counts)
+    return torch.no_grad()(FrozenCopy(model.to(cfg.device), AMP_DTYPE[cfg.amp]))
 
 
 def stage_distill(cfg, run, data):
     """Train the student or a baseline: best.pt on the way, last.pt at the end."""
     if run.has("last"):
         return
-    phase, teacher = student_phase(cfg, data), None
-    if METHODS[cfg.method].teacher:
-        _need(run.path / "teacher.pt", "teacher")
-        model = build_model(cfg.arch, len(data.classes))
-        load_weights(model, run.path / "teacher.pt")
-        teacher = torch.no_grad()(FrozenCopy(model.to(cfg.device), AMP_DTYPE[cfg.amp]))
+    phase = student_phase(cfg, data)
+    teacher = load_teacher(cfg, run, data) if METHODS[cfg.method].teacher else None
     head, tail = data.counts[0], data.counts[-1]
-    run.log(
-        f"student: {cfg.method} on {len(phase.indices)} images, {head} (head) to {tail} (tail) of a class"
-    )
+    run.log(f"student: {cfg.method} on {len(phase.indices)} images, {head} to {tail} a class")
     run.save_model("last", train(cfg, phase, data, run, teacher), phase.epochs)
 
 
@@ -1741,6 +2491,23 @@ def evaluations(cfg, results):
     return results.get(key, {}) if key == "checkpoints" else results.get("evaluations", {}).get(key, {})
 
 
+class SavedState(dict):
+    """AutoAttack's state on disk: what an interrupted evaluation of the same weights and data goes on
+    from."""
+
+    def __init__(self, path, key):
+        super().__init__()
+        self.path, self.key = path, key
+        if path.exists():
+            saved = read_checkpoint(path)
+            if isinstance(saved, dict) and saved.get("key") == key:
+                super().update(saved["state"])
+
+    def __setitem__(self, name, found):
+        super().__setitem__(name, found)
+        write_atomic(self.path, {"key": self.key, "state": dict(self)})
+
+
 def stage_eval(cfg, run, data):
     """Evaluate teacher, best and last, or --checkpoint, unless results.json has it for this threat."""
     paths = {name: run.path / f"{name}.pt" for name in ("teacher", "best", "last")}
@@ -1750,26 +2517,34 @@ def stage_eval(cfg, run, data):
         if not cfg.checkpoint:
             _need(path, "teacher" if name == "teacher" else "distill")
     paths = {cfg.checkpoint: pathlib.Path(cfg.checkpoint)} if cfg.checkpoint else paths
+    if METHODS[cfg.method].head == "cosine" and len(data.classes) > 10:  # RoBal's table shows both its heads
+        paths |= {f"{name}, head as trained": path for name, path in paths.items()}
     settings = dict(eps=cfg.eval_eps / 255, step_size=cfg.eval_step_size / 255, steps=cfg.eval_steps)
     settings |= dict(tail=data.tail, seed=cfg.seed, amp=cfg.amp)
     about = dict(counts=data.counts, classes=data.classes, tail_classes=data.tail, test=len(data.test_labels))
     for name, path in paths.items():
-        began, model = time.perf_counter(), build_model(cfg.arch, len(data.classes))
+        began, method = time.perf_counter(), cfg.teacher_method if name == "teacher" else cfg.method
+        model = build_model(cfg.arch, len(data.classes), METHODS[method].head)
         epoch, digest = load_weights(model, path), f"{zlib.crc32(path.read_bytes()):08x}"
         there = evaluations(cfg, run.results())
         entry = there.get(name, {})
         entry = entry if entry.get("crc32") == digest else {"epoch": epoch, "crc32": digest}
         missing = [a for a in ATTACKS if a in cfg.attacks.split(",") and a not in entry]
         if missing:
-            model.to(cfg.device)
-            entry |= evaluate(model, data.test_images, data.test_labels, attacks=missing, **settings)
+            key = f"{digest} {run.fingerprint} {len(data.test_labels)} {cfg.amp}"
+            state = SavedState(run.path / "aa.pt", key)
+            run.log(f"evaluating {name}: {', '.join(missing)}")
+            options = dict(settings, attacks=missing, log=run.log, state=state)
+            counts = teacher_phase(cfg, data).counts if name == "teacher" else data.counts
+            model = model if name.endswith("as trained") else with_evaluation_head(model, counts)
+            entry |= evaluate(model.to(cfg.device), data.test_images, data.test_labels, **options)
         key, new = evaluation_key(cfg), {**there, name: entry}
         if key != "checkpoints":
             key, new = "evaluations", {**run.results().get("evaluations", {}), key: new}
         run.save_results(config=asdict(cfg), environment=run.environment, data=about, **{key: new})
-        run.set_seconds(
-            "eval", run.results().get("seconds", {}).get("eval", 0.0) + time.perf_counter() - began
-        )
+        (run.path / "aa.pt").unlink(missing_ok=True)
+        spent = run.results().get("seconds", {}).get("eval", 0.0)
+        run.set_seconds("eval", spent + time.perf_counter() - began)
 
 
 def stage_report(cfg, run):
@@ -1777,11 +2552,9 @@ def stage_report(cfg, run):
     results = run.results()
     shown = evaluations(cfg, results)
     if cfg.checkpoint:
-        shown = {name: m for name, m in shown.items() if name == cfg.checkpoint}
+        shown = {name: m for name, m in shown.items() if name.partition(",")[0] == cfg.checkpoint}
     if not shown:
-        raise UserError(
-            f"{run.path} holds no such evaluation: make one with the same command and --stage eval"
-        )
+        raise UserError(f"{run.path} holds no such evaluation: make one with --stage eval")
     results = {**results, "checkpoints": shown}
     key = evaluation_key(cfg)
     run.log("\n" + (f"{key}\n" if key != "checkpoints" else "") + table([(cfg, results)]))
@@ -1795,7 +2568,7 @@ def work_ahead(cfg, run, data):
     needs_teacher = METHODS[cfg.method].teacher
     for stage, phase in (("teacher", teacher_phase(cfg, data)), ("distill", student_phase(cfg, data))):
         done = run.has("teacher") or not needs_teacher if stage == "teacher" else run.has("last")
-        if stage in wanted and not done:
+        if stage in wanted and not done and not (stage == "teacher" and cfg.teacher):
             first = (run.load_state(phase.name) or {"epoch": 0})["epoch"]
             plan.append((phase.name, (phase.epochs - first) * len(phase.indices) * phase.cost(cfg.steps)))
             if phase.select:

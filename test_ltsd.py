@@ -1,9 +1,11 @@
 """Tests of ltsd.py, in the order of its sections. CPU only; `python -m pytest -q test_ltsd.py`."""
 
+import collections
 import functools
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import math
 import os
@@ -17,7 +19,9 @@ import sys
 import tarfile
 import threading
 import time
+import warnings
 import zipfile
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -27,6 +31,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
 
 import ltsd
 
@@ -207,36 +212,240 @@ def test_teacher_set_has_the_papers_sizes():
         assert phase.counts == [per_class] * classes and len(phase.indices) == per_class * classes
 
 
-def crops_of(image):
-    """Every outcome of zero-pad-4 crop and flip of one uint8 [3,H,W] image, as bytes."""
-    padded, (_, h, w) = F.pad(image, (4, 4, 4, 4)), image.shape
-    cuts = [padded[:, i : i + h, j : j + w] for i in range(9) for j in range(9)]
-    return [c.contiguous().numpy().tobytes() for cut in cuts for c in (cut, cut.flip(2))]
+RA, AUA = v2.RandAugment(2, 8), v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+SIZES = [(32, 32), (64, 64), (31, 33), (5, 9), (2, 3), (1, 6)]
 
 
-def test_crop_and_flip_have_torchvisions_distribution():
-    image = torch.randint(1, 256, (3, 5, 7), dtype=torch.uint8)
-    outcomes = {b: i for i, b in enumerate(crops_of(image))}
-    assert len(outcomes) == 162
-    n, generator = 162 * 60, torch.Generator().manual_seed(0)
-    ours = ltsd.augment(image.expand(n, -1, -1, -1), "none", generator)
-    theirs = v2.Compose([v2.RandomCrop((5, 7), padding=4), v2.RandomHorizontalFlip()])
-    samples = {"ours": ours, "theirs": torch.stack([theirs(image) for _ in range(n)])}
-    for name, sample in samples.items():
-        seen = np.bincount([outcomes[s.numpy().tobytes()] for s in sample], minlength=162)
-        chi2 = ((seen - 60) ** 2 / 60).sum()  # 161 degrees of freedom: mean 161, standard deviation 17.9
-        assert 100 < chi2 < 240, (name, chi2)
+def _generator(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
-def test_augment_is_pure_and_checks_its_input():
-    images, state = torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8), torch.get_rng_state()
-    before = images.clone()
-    one, two = (ltsd.augment(images, "none", torch.Generator().manual_seed(5)) for _ in range(2))
-    assert torch.equal(one, two) and torch.equal(images, before) and torch.equal(state, torch.get_rng_state())
-    assert ltsd.augment(images[:0], "none", torch.Generator()).shape == (0, 3, 8, 8)
-    for bad in ((images.float(), "none"), (images[0], "none"), (images, "cutout"), (images[:, :1], "none")):
-        with pytest.raises(ValueError):
-            ltsd.augment(*bad, torch.Generator())
+def _pictures(height, width, n=5, seed=0):
+    """Smooth, noisy, constant, low-contrast, two-valued images: edge cases of autocontrast and equalize."""
+    g = _generator(seed)
+    x = torch.randint(0, 256, (n, 3, height, width), generator=g, dtype=torch.uint8)
+    x[0] = torch.linspace(0, 255, height * width).view(height, width).round()
+    x[2 % n] = 187  # constant, and solarize's threshold at level 8 of 31
+    x[3 % n] = 100 + x[3 % n] % 7
+    x[4 % n] = (x[4 % n] > 127) * 255
+    return x
+
+
+def _theirs(image, name, magnitude):
+    """What the v2 classes do to one tensor image [3, H, W]."""
+    return RA._apply_image_or_video_transform(image, name, magnitude, RA.interpolation, RA._fill)
+
+
+def _two_sample_p(ours, theirs):
+    """Chi-square p-value that two Counters come from one distribution; rare outcomes are pooled."""
+    n, m = sum(ours.values()), sum(theirs.values())
+    cells = collections.defaultdict(lambda: [0, 0])
+    for key in set(ours) | set(theirs):
+        small = min(n, m) * (ours[key] + theirs[key]) / (n + m) < 5
+        cells["rare" if small else key][0] += ours[key]
+        cells["rare" if small else key][1] += theirs[key]
+    t = torch.tensor(list(cells.values()), dtype=torch.float64)
+    expected = t.sum(1, keepdim=True) * t.sum(0) / t.sum()
+    statistic = ((t - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(t) - 1) / 2).double(), statistic / 2).item()
+
+
+@pytest.mark.parametrize("name", list(ltsd.AUGMENT_OPS))
+@pytest.mark.parametrize("height, width", SIZES)
+def test_every_op_at_every_level_equals_torchvision_on_single_images(name, height, width):
+    x = _pictures(height, width)
+    before = x.clone()
+    space, signed = (RA._AUGMENTATION_SPACE | AUA._AUGMENTATION_SPACE)[name]
+    assert signed == (ltsd.AUGMENT_OPS[name][0] < ltsd.AUGMENT_OPS[name][1])
+    levels = {
+        m for bins in (10, 31) for m in (space(bins, height, width) if space(10, 1, 1) is not None else [0.0])
+    }
+    for m in sorted({sign * float(m) for m in levels for sign in ([1, -1] if signed else [1])}):
+        batch = ltsd.AUGMENT_OPS[name][2](x, m)
+        single = torch.stack([_theirs(image, name, m) for image in x])
+        assert batch.dtype == torch.uint8 and torch.equal(batch, single), (
+            f"{name} {m}: {(batch != single).sum()} differ"
+        )
+    assert torch.equal(x, before)
+
+
+def test_policy_tables_are_torchvisions():
+    rows = [pair.split() for pair in ltsd.AUTOAUGMENT_CIFAR10.split(",")]
+    theirs = [[str(v) for op, p, level in pair for v in (op, p, level or 0)] for pair in AUA._policies]
+    assert [[a, f"{float(p)}", i, b, f"{float(q)}", j] for a, p, i, b, q, j in rows] == theirs
+    assert set(ltsd.AUGMENT_OPS) == set(RA._AUGMENTATION_SPACE) | set(AUA._AUGMENTATION_SPACE)
+
+
+def _drawn_ops(policy, n, height, width, seed):
+    """Counter of the drawn ((op, magnitude), ...) of an image; the posterize level as its number of bits."""
+    actions, codes = ltsd._draw_ops(policy, n, height, width, _generator(seed))
+    named = [(op, float(round(m)) if op == "Posterize" else m) for op, m in actions]
+    keep = policy == "ra"  # torchvision's RandAugment calls Identity, its AutoAugment skips an op instead
+    return collections.Counter(tuple(named[c] for c in pair if c or keep) for pair in codes.T.tolist())
+
+
+def _torchvision_ops(transform, n, height, width, seed, monkeypatch):
+    calls, counter = [], collections.Counter()
+
+    def spy(image, name, magnitude, **_):
+        calls.append((name, magnitude))
+        return image
+
+    monkeypatch.setattr(transform, "_apply_image_or_video_transform", spy)
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for _ in range(n):
+            calls.clear()
+            transform(image)
+            counter[tuple(calls)] += 1
+    return counter
+
+
+def _single_ops(pairs):
+    return collections.Counter(op for pair, k in pairs.items() for op in pair for _ in range(k))
+
+
+@pytest.mark.parametrize("policy, transform", [("ra", RA), ("aua", AUA)])
+def test_ops_signs_and_levels_are_drawn_as_torchvision_draws_them(policy, transform, monkeypatch):
+    """The joint law of both ops with their exact signed magnitudes, for images of 62x47."""
+    ours = _drawn_ops(policy, 60_000, 62, 47, seed=1)
+    theirs = _torchvision_ops(transform, 20_000, 62, 47, seed=2, monkeypatch=monkeypatch)
+    assert set(theirs) <= set(ours)
+    assert _two_sample_p(ours, theirs) > 0.01
+    assert _two_sample_p(_single_ops(ours), _single_ops(theirs)) > 0.01
+    # the test can fail: a sign drawn with probability 0.45, and the two ops drawn apart from each other
+    tilted = {pair: round(k * (0.9 if pair and pair[0][1] < 0 else 1.1)) for pair, k in ours.items()}
+    assert _two_sample_p(_single_ops(tilted), _single_ops(theirs)) < 1e-3
+    if policy == "aua":
+        first, second = ([pair[i : i + 1] for pair in ours.elements()] for i in (0, 1))
+        shuffled = collections.Counter(
+            a + b for a, b in zip(first, second[1000:] + second[:1000], strict=True)
+        )
+        assert _two_sample_p(shuffled, theirs) < 1e-3
+
+
+def _bytes(images):
+    return collections.Counter(image.numpy().tobytes() for image in images)
+
+
+def _crops_and_flips(image):
+    """{(top, left, flip): bytes}: all 162 outcomes of RandomCrop(padding=4) and RandomHorizontalFlip."""
+    padded, out = TF.pad(image, [4, 4, 4, 4]), {}
+    for i, j in itertools.product(range(9), range(9)):
+        crop = TF.crop(padded, i, j, *image.shape[1:])
+        out[i, j, 0], out[i, j, 1] = (c.numpy().tobytes() for c in (crop, TF.horizontal_flip(crop)))
+    return out
+
+
+@pytest.mark.parametrize("height, width", [(5, 6), (2, 3), (1, 1)])
+def test_crop_and_flip_equal_random_crop_and_flip(height, width):
+    image = torch.arange(1, 3 * height * width + 1, dtype=torch.uint8).view(3, height, width)
+    possible = collections.Counter(_crops_and_flips(image).values())
+    ours = _bytes(ltsd.augment(image.expand(162 * 60, 3, height, width), "none", _generator(3)))
+    assert set(ours) == set(possible)
+    law = collections.Counter({k: 10_000 * v for k, v in possible.items()})  # so many that it is exact
+    assert _two_sample_p(ours, law) > 0.01
+    transform = v2.Compose([v2.RandomCrop((height, width), padding=4), v2.RandomHorizontalFlip()])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        theirs = _bytes(transform(image) for _ in range(5_000))
+    assert _two_sample_p(ours, theirs) > 0.01
+
+
+def test_top_left_and_flip_are_each_uniform():
+    image = torch.arange(1, 91, dtype=torch.uint8).view(3, 5, 6)
+    outcome = {v: k for k, v in _crops_and_flips(image).items()}
+    assert len(outcome) == 162  # 5x6 pixels, all different: an output tells its draw
+    drawn = [
+        outcome[i.numpy().tobytes()] for i in ltsd.augment(image.expand(9720, 3, 5, 6), "none", _generator(3))
+    ]
+    for axis, values in enumerate([9, 9, 2]):
+        law = collections.Counter(dict.fromkeys(range(values), 10**7))
+        assert _two_sample_p(collections.Counter(d[axis] for d in drawn), law) > 0.01
+    tilted = collections.Counter({0: round(0.55 * 9720), 1: round(0.45 * 9720)})
+    assert _two_sample_p(tilted, collections.Counter({0: 10**7, 1: 10**7})) < 1e-3  # so the test can fail
+
+
+@pytest.mark.parametrize("policy", ["ra", "aua"])
+@pytest.mark.parametrize("height, width", [(32, 32), (13, 10)])
+def test_a_whole_epoch_equals_torchvision_op_by_op(policy, height, width, monkeypatch):
+    """Every image of augment, given its draws: both ops in order, crop, flip, each done by torchvision."""
+    monkeypatch.setattr(ltsd, "AUGMENT_CHUNK", 64)  # 150 images: two full chunks and a ragged one
+    x, drawn = _pictures(height, width, n=150), {}
+    draw, cut = ltsd._draw_ops, ltsd._crop_and_flip
+
+    def spy_draw(*args):
+        drawn["actions"], drawn["codes"] = draw(*args)
+        return drawn["actions"], drawn["codes"]
+
+    def spy_cut(part, *where):
+        for key, value in zip(("top", "left", "flip"), where, strict=True):
+            drawn.setdefault(key, []).extend(value.tolist())
+        return cut(part, *where)
+
+    monkeypatch.setattr(ltsd, "_draw_ops", spy_draw)
+    monkeypatch.setattr(ltsd, "_crop_and_flip", spy_cut)
+    out = ltsd.augment(x, policy, _generator(5))
+    for i, image in enumerate(x):
+        for code in drawn["codes"][:, i]:
+            name, m = drawn["actions"][code]
+            image = _theirs(image, name, round(m) if name == "Posterize" else m)
+        image = TF.crop(TF.pad(image, [4, 4, 4, 4]), drawn["top"][i], drawn["left"][i], height, width)
+        assert torch.equal(out[i], TF.horizontal_flip(image) if drawn["flip"][i] else image), i
+
+
+@pytest.mark.parametrize("policy", ["none", "ra", "aua"])
+def test_same_generator_same_images_and_nothing_else_is_touched(policy, monkeypatch):
+    x = _pictures(17, 12, n=40)
+    before, state = x.clone(), torch.random.get_rng_state()
+    first = ltsd.augment(x, policy, _generator(6))
+    assert torch.equal(first, ltsd.augment(x, policy, _generator(6)))
+    assert not torch.equal(first, ltsd.augment(x, policy, _generator(7)))
+    generator = _generator(6)
+    ltsd.augment(x, policy, generator)
+    assert not torch.equal(first, ltsd.augment(x, policy, generator))  # the next epoch is another one
+    strided = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # channels_last
+    assert torch.equal(first, ltsd.augment(strided, policy, _generator(6)))
+    monkeypatch.setattr(ltsd, "AUGMENT_CHUNK", 7)
+    assert torch.equal(first, ltsd.augment(x, policy, _generator(6)))
+    assert torch.equal(x, before) and torch.equal(state, torch.random.get_rng_state())
+    assert first.shape == x.shape and first.dtype == torch.uint8 and first.is_contiguous()
+
+
+@pytest.mark.parametrize("policy", ["none", "ra", "aua"])
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 32, 32), (1, 3, 32, 32), (3, 3, 1, 1), (2, 3, 7, 40), (9, 3, 64, 64)]
+)
+def test_odd_shapes(policy, shape):
+    out = ltsd.augment(torch.full(shape, 200, dtype=torch.uint8), policy, _generator())
+    assert out.shape == shape and out.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    "images, policy, message",
+    [
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "randaugment", "'randaugment'; choose none, ra or aua"),
+        (torch.zeros(2, 3, 8, 8), "none", r"uint8 \[N,3,H,W\], got torch.float32 \[2, 3, 8, 8\]"),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), "ra", r"got torch.uint8 \[2, 8, 8, 3\]"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), "ra", r"got torch.uint8 \[3, 8, 8\]"),
+        (torch.zeros(2, 3, 0, 8, dtype=torch.uint8), "aua", r"got torch.uint8 \[2, 3, 0, 8\]"),
+    ],
+)
+def test_errors_name_the_value(images, policy, message):
+    with pytest.raises(ValueError, match=message):
+        ltsd.augment(images, policy, _generator())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("policy", ["none", "ra", "aua"])
+def test_the_gpu_makes_the_same_pixels(policy):
+    x = torch.randint(0, 256, (2000, 3, 32, 32), dtype=torch.uint8, generator=_generator(8))
+    assert torch.equal(
+        ltsd.augment(x, policy, _generator(9)), ltsd.augment(x.cuda(), policy, _generator(9)).cpu()
+    )
+    with pytest.raises(ValueError, match="generator is on cuda"):
+        ltsd.augment(x, policy, torch.Generator("cuda"))
 
 
 @pytest.fixture
@@ -806,6 +1015,340 @@ def test_methods_name_what_they_attack():
     )
 
 
+# An independent float64 evaluation of every loss, one sample and one class at a time.
+
+
+def slow_log_softmax(z):
+    top = max(float(v) for v in z)
+    shifted = [float(v) - top for v in z]
+    total = math.log(sum(math.exp(v) for v in shifted))
+    return [v - total for v in shifted]
+
+
+def slow_kl(p_logits, q_logits, floor=0.0):
+    """sum_k p_k (log p_k - log(q_k + floor)); a p_k that underflows to 0 contributes 0."""
+    total = 0.0
+    for lp, lq in zip(slow_log_softmax(p_logits), slow_log_softmax(q_logits)):
+        total += math.exp(lp) * (lp - (math.log(math.exp(lq) + floor) if floor else lq))
+    return total
+
+
+def slow_cross_entropy(logits, y):
+    return fmean(-slow_log_softmax(z)[c] for z, c in zip(logits, y))
+
+
+def slow_balanced_softmax(logits, y, counts, tau=1.0):
+    return slow_cross_entropy([[float(v) + tau * math.log(n) for v, n in zip(z, counts)] for z in logits], y)
+
+
+def slow_kd_kl(student_logits, teacher_logits):
+    return fmean(slow_kl(t, s) for s, t in zip(student_logits, teacher_logits))
+
+
+def slow_igdm(student_plus, student_minus, teacher_plus, teacher_minus):
+    return slow_kd_kl(np.subtract(student_plus, student_minus), np.subtract(teacher_plus, teacher_minus))
+
+
+def slow_trades(logits, logits_adv, y, beta=6.0):
+    return slow_cross_entropy(logits, y) + beta * fmean(slow_kl(a, b) for a, b in zip(logits, logits_adv))
+
+
+def slow_mart(logits, logits_adv, y, beta=6.0):
+    total = 0.0
+    for clean, adv, c in zip(logits, logits_adv, y):
+        log_p = slow_log_softmax(adv)
+        rival = max(math.exp(v) for k, v in enumerate(log_p) if k != c)
+        boosted = -log_p[c] - math.log(1.0001 - rival + 1e-12)
+        total += boosted + beta * slow_kl(clean, adv, 1e-12) * (
+            1.0000001 - math.exp(slow_log_softmax(clean)[c])
+        )
+    return total / len(logits)
+
+
+def slow_robal(scores, scores_adv, y, counts, *, scale, margin, tau_b, tau_m, beta):
+    everyone, rarest = sum(int(n) for n in counts), min(counts)
+    shifted = []
+    for z, c in zip(scores_adv, y):
+        row = [scale * float(v) + tau_b * math.log(n / everyone) for v, n in zip(z, counts)]
+        row[c] -= scale * margin + tau_m * math.log(counts[c] / rarest)
+        shifted.append(row)
+    return slow_cross_entropy(shifted, y) + beta * fmean(
+        slow_kl(a, b, 1e-12) for a, b in zip(scores, scores_adv)
+    )
+
+
+def slow_reat_weights(counts, predicted):
+    raw = []
+    for n, a in zip(counts, predicted):
+        effective = sum((1 - 1 / int(n)) ** k for k in range(int(a)))  # (1 - b^a) / (1 - b); 0.0**0 is 1
+        raw.append(1 / (effective + 1e-5))
+    return [w * len(raw) / sum(raw) for w in raw]
+
+
+def slow_reat_tail(features, y, counts, variant="official", anchors=None):
+    """`anchors` (default: the features) is the side that carries no gradient."""
+    anchors = features if anchors is None else anchors
+    batch, width, classes = len(features), len(features[0]), len(counts)
+    u = [math.sqrt(sum(int(n) for n in counts) / int(n)) for n in counts]
+    tail = [i for i in range(batch) if 2 * (classes // 3) + 1 <= y[i] < classes]
+    total = 0.0
+    for i in tail:
+        pairs = [slow_kl(anchors[i], features[j]) for j in range(batch)]
+        signed = [(-1 if y[i] == y[j] else 1) * (u[y[i]] + u[y[j]]) for j in range(batch)]
+        if variant == "official":
+            total += sum(pairs) / (batch * width) * sum(signed) / batch
+        else:
+            total += sum(s * d for s, d in zip(signed, pairs)) / batch
+    return total / len(tail) if tail else 0.0
+
+
+def slow_awp(weight, grad, gamma):
+    w, g = [[float(v) for v in np.ravel(t)] for t in (weight, grad)]
+    length = gamma * math.sqrt(sum(v * v for v in w)) / (math.sqrt(sum(v * v for v in g)) + 1e-20)
+    return np.array([length * v for v in g]).reshape(np.shape(weight))
+
+
+def slow_lr_at(epoch, epochs, lr):
+    return lr / (100 if 10 * epoch > 9 * epochs else 10 if 4 * epoch > 3 * epochs else 1)
+
+
+def loss_cases():
+    """[(name, keyword arguments)] for every loss: random, one sample, two classes, near-certain logits."""
+    out, lt = [], [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]
+    for seed, (rows, cols, spread) in enumerate([(8, 10, 2.0), (1, 10, 2.0), (5, 10, 25.0), (6, 2, 1.0)]):
+        rng, counts = np.random.default_rng(seed), lt if cols == 10 else [7, 1]
+        a, b, c, d = rng.normal(0, spread, (4, rows, cols))
+        y = rng.integers(0, cols, rows)
+        out += [("balanced_softmax", dict(logits=a, y=y, counts=counts, tau=tau)) for tau in (0.0, 0.5, 1.0)]
+        out += [("igdm", dict(student_plus=a, student_minus=b, teacher_plus=c, teacher_minus=d))]
+        out += [("kd_kl", dict(student=a, teacher=b))]
+        out += [(name, dict(logits=a, logits_adv=b, y=y, beta=5.0)) for name in ("trades", "mart")]
+        for classes in (10, 100):
+            constants = dict(ltsd.robal_constants(classes), beta=6.0)
+            cosine = dict(scores=np.tanh(a), scores_adv=np.tanh(b))
+            out += [("robal", dict(**cosine, y=y, counts=counts, **constants))]
+        out += [("reat_weights", dict(counts=counts, predicted=rng.integers(0, 300, cols)))]
+        for variant in ("official", "intended"):
+            out += [("reat_tail", dict(features=c, y=y, counts=counts, variant=variant))]
+    return out
+
+
+LOSSES = {
+    "balanced_softmax": ltsd.balanced_softmax_loss, "igdm": ltsd.igdm_loss, "kd_kl": ltsd.distillation_loss,
+    "trades": ltsd.trades_loss, "mart": ltsd.mart_loss, "robal": ltsd.robal_loss,
+    "reat_weights": ltsd.reat_class_weights, "reat_tail": ltsd.reat_tail_loss,
+}  # fmt: skip
+CASES = loss_cases()
+
+
+def tensors(kw, dtype=torch.float64):
+    out = {k: torch.as_tensor(v) if isinstance(v, np.ndarray) else v for k, v in kw.items()}
+    floats = [k for k, v in out.items() if torch.is_tensor(v) and v.is_floating_point()]
+    return {**out, **{k: out[k].to(dtype) for k in floats}}
+
+
+@pytest.mark.parametrize("name,kw", CASES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CASES)])
+def test_losses_equal_the_independent_evaluation(name, kw):
+    slow = globals()["slow_" + name]
+    want, arguments = np.asarray(slow(**kw) if name == "robal" else slow(*kw.values())), tensors(kw)
+    kept = {k: v.clone() for k, v in arguments.items() if torch.is_tensor(v)}
+    got = LOSSES[name](**arguments)
+    rtol = 1e-9 if got.dtype == torch.float64 else 1e-5
+    assert np.allclose(got.double().numpy(), want, rtol=rtol)
+    assert all(torch.equal(v, arguments[k]) for k, v in kept.items())  # nothing was changed in place
+    if name not in ("reat_weights",):
+        single = LOSSES[name](**tensors(kw, torch.float32))
+        assert abs(float(single) - float(want)) <= 3e-4 * max(1, abs(float(want)))
+
+
+HAND = """
+slow_balanced_softmax([[log(2), log(3)], [log(2), log(3)]], [0, 1], [4, 1], 1) = 0.8088683576
+slow_kd_kl([[0, 0], [1, 2]], [[log(3), 0], [1, 2]]) = 0.0654060180
+slow_igdm([[log(6), 0]], [[log(2), 0]], [[log(5), log(2)]], [[log(5), log(2)]]) = 0.1438410362
+slow_trades([[log(2), 0, 0]], [[0, 0, log(2)]], [0], 6) = 1.7328679514
+slow_mart([[log(2), 0, 0]], [[0, 0, log(2)]], [0], 4) = 2.4258152213
+slow_robal([[0, 0]], [[log(2), 0]], [0], [3, 1], scale=3, margin=log(2) / 3, **ONES) = 0.5764926583
+slow_robal([[0, 0]], [[log(2), 0]], [1], [3, 1], scale=3, margin=log(2) / 3, **ONES) = 4.2451694051
+slow_reat_weights([4, 2], [2, 1]) = [0.7272747107, 1.2727252893]
+slow_reat_weights([2, 1], [2, 0]) = [0.0000133332, 1.9999866668]
+slow_reat_tail([[0, 0], [log(2), 0]], [1, 0], [16, 9], "official") = -0.0030672666
+slow_reat_tail([[0, 0], [log(2), 0], [log(2), 0]], [1, 1, 0], [16, 9], "intended") = -0.0355524733
+slow_awp([[3, 4]], [[0, -2]], 0.01) = [[0.0, -0.05]]
+"""
+
+
+@pytest.mark.parametrize("line", HAND.strip().split("\n"))
+def test_independent_evaluation_equals_values_worked_by_hand(line):
+    """E.g. trades: p(x) = (1/2, 1/4, 1/4), p(x') = (1/4, 1/4, 1/2), y = 0: ln 2 + 6 (ln 2)/4 = 5/2 ln 2."""
+    call, value = line.split(" = ")
+    ones = dict(tau_b=1, tau_m=1, beta=6)
+    assert np.allclose(eval(call, dict(globals(), log=math.log, ONES=ones)), eval(value), rtol=0, atol=6e-11)
+
+
+@pytest.mark.parametrize("name", ["trades", "mart", "robal", "reat_tail", "kd_kl"])
+def test_losses_pass_gradcheck(name):
+    kw = tensors(next(kw for n, kw in CASES if n == name))
+    first = [k for k, v in kw.items() if torch.is_tensor(v) and v.is_floating_point()]
+    inputs = [kw[k].requires_grad_() for k in first if k != "teacher"]
+    if name == "reat_tail":  # its anchors carry no gradient, which finite differences cannot know
+        log_p = F.log_softmax(kw["features"].detach(), 1)
+        (got,) = torch.autograd.grad(ltsd.reat_tail_loss(**kw), inputs)
+
+        def fixed(features):
+            return slow_reat_tail(
+                features, kw["y"].tolist(), kw["counts"], kw["variant"], kw["features"].tolist()
+            )
+
+        for i, j in ((0, 0), (3, 7), (7, 2)):
+            up, down = (kw["features"].detach().numpy().copy() for _ in range(2))
+            up[i, j], down[i, j] = up[i, j] + 1e-5, down[i, j] - 1e-5
+            assert abs((fixed(up) - fixed(down)) / 2e-5 - got[i, j]) < 1e-7
+        assert log_p.shape == got.shape
+        return
+    assert torch.autograd.gradcheck(
+        lambda *ts: LOSSES[name](**{**kw, **dict(zip(first, ts, strict=False))}), inputs
+    )
+
+
+def test_degenerate_losses_are_cross_entropy():
+    z, z_adv, y = torch.randn(6, 4).double(), torch.randn(6, 4).double(), torch.tensor([0, 1, 2, 3, 0, 1])
+    assert torch.allclose(ltsd.trades_loss(z, z_adv, y, beta=0.0), F.cross_entropy(z, y))
+    plain = dict(scale=1.0, margin=0.0, tau_b=0.0, tau_m=0.0, beta=0.0)
+    assert torch.allclose(ltsd.robal_loss(z, z_adv, y, [5, 3, 2, 1], **plain), F.cross_entropy(z_adv, y))
+    assert ltsd.reat_tail_loss(z, torch.zeros(6).long(), [5, 3, 2, 1]) == 0
+    assert torch.allclose(ltsd.reat_class_weights([9, 9, 9], [4, 4, 4]), torch.ones(3))
+
+
+def test_reat_weights_do_not_move_a_sign_step():
+    """Why REAT's attack is plain PGD: a positive factor per image leaves the sign of its gradient alone."""
+    model = randomise_norms(ltsd.build_model("resnet8", 10))
+    x, y, weights = channels_last(8, 3, 32, 32), torch.arange(8), torch.rand(10) + 0.1
+    threat = dict(eps=8 / 255, step_size=2 / 255, steps=1, init="none")
+    weighted = ltsd.pgd_attack(model, x, y, objective=ltsd.weighted_objective, aux=weights, **threat)
+    assert (weighted != ltsd.pgd_attack(model, x, y, **threat)).float().mean() < 1e-3
+
+
+def test_awp_perturbs_by_the_formula_and_restores():
+    model = ltsd.build_model("resnet8", 10).train()
+    x, y = channels_last(8, 3, 32, 32), torch.arange(8)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    probe = ltsd.copy.deepcopy(model)
+    F.cross_entropy(probe(x), y).backward()
+    with ltsd.awp_perturbation(model, lambda: F.cross_entropy(model(x), y), 0.01):
+        for (name, now), reference in zip(model.named_parameters(), probe.parameters(), strict=True):
+            moved = (now.detach() - before[name]).double().numpy()
+            wanted = slow_awp(before[name], reference.grad, 0.01) if now.dim() > 1 else np.zeros(now.shape)
+            assert np.allclose(moved, wanted, rtol=1e-3, atol=1e-6), name
+        assert all(torch.equal(b, before[k]) for k, b in model.named_buffers())
+    assert all(torch.allclose(v, before[k], atol=1e-6) for k, v in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="inside"), ltsd.awp_perturbation(
+        model, lambda: F.cross_entropy(model(x), y), 0.01):  # fmt: skip
+        raise RuntimeError("inside")
+    assert all(torch.allclose(v, before[k], atol=1e-6) for k, v in model.state_dict().items())
+
+    def never():
+        raise AssertionError("gamma 0 must not even look")
+
+    with ltsd.awp_perturbation(model, never, 0.0):
+        pass
+
+
+def test_awp_with_gamma_zero_is_the_base_method(tmp_path, monkeypatch):
+    row = ltsd.METHODS["awp"]
+    monkeypatch.setitem(ltsd.METHODS, "awp", ltsd.replace(row, awp=0.0))
+    for method in ("awp", "pgd-at"):
+        assert (
+            ltsd.main([*TINY, "--method", method, "--stage", "distill", "--out", str(tmp_path / method)]) == 0
+        )
+    one, two = (
+        torch.load(tmp_path / m / "last.pt", weights_only=True)["state_dict"] for m in ("awp", "pgd-at")
+    )
+    assert all(torch.equal(v, two[k]) for k, v in one.items())
+
+
+def test_robal_heads():
+    model = ltsd.build_model("resnet8", 20, "cosine").eval()
+    x, counts = channels_last(4, 3, 32, 32), list(range(40, 20, -1))
+    with torch.no_grad():
+        scores, features = model(x, with_features=True)
+        w = model.linear.weight
+        cosine = (features[0] @ w[3]) / features[0].norm() / (w[3].norm() + 1 / 16)
+        assert torch.allclose(scores[0, 3], cosine, atol=1e-6) and scores.abs().max() < 1
+        after = ltsd.with_evaluation_head(model, counts)(x)
+        prior = torch.tensor(counts) / sum(counts)
+        assert torch.allclose(after, 10 * scores - 1.7 * prior.log(), atol=1e-5)
+        assert torch.allclose(ltsd.FrozenCopy(ltsd.with_evaluation_head(model, counts))(x), after, atol=1e-4)
+        assert torch.equal(model(x), scores)
+    few = ltsd.build_model("resnet8", 10, "cosine")
+    assert few.linear.offset == 1 / 32 and ltsd.with_evaluation_head(few, [1] * 10) is few
+    assert "linear.weight" in model.state_dict() and "linear.prior" not in model.state_dict()
+
+
+def test_official_settings():
+    def cfg(*args):
+        return ltsd.resolve(ltsd.parse_args([*args, "--official"]))
+
+    mart = cfg("--data", "cifar10", "--method", "mart")
+    assert (mart.lr, mart.weight_decay, mart.beta, mart.epochs) == (0.01, 3.5e-3, 5.0, 120)
+    robal = cfg("--method", "robal")
+    assert (robal.epochs, robal.batch_size, robal.weight_decay) == (80, 64, 2e-4)
+    rates = {e: ltsd.lr_at(e, 80, 0.1, map(float, robal.milestones.split(","))) for e in (60, 61, 75, 76, 80)}
+    assert [round(rates[e], 6) for e in rates] == [0.1, 0.01, 0.01, 0.001, 0.001]
+    shares = list(map(float, mart.milestones.split(",")))
+    assert [round(ltsd.lr_at(e, 120, 0.01, shares), 9) for e in (74, 75, 90, 100)] == [0.01, 1e-3, 1e-4, 1e-5]
+    with pytest.raises(ltsd.UserError, match="published settings for cifar10, not for cifar100"):
+        cfg("--method", "trades")
+    assert ltsd.resolve(ltsd.parse_args(["--method", "mart", "--data", "cifar10"])).beta == 6.0
+
+
+@pytest.mark.parametrize("method", [m for m in ltsd.METHODS if m != "ltsd"])
+def test_every_method_trains_and_resumes_bit_for_bit(method, tmp_path):
+    args = [*TINY, "--method", method, "--stage", "distill", "--epochs", "2"]
+    assert ltsd.main([*args, "--out", str(tmp_path / "a")]) == 0
+    real, count = ltsd.Run.save_state, [0]
+
+    class Killed(BaseException):
+        pass
+
+    def dying(self, state):
+        count[0] += 1
+        if count[0] == 2:
+            raise Killed
+        real(self, state)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(ltsd.Run, "save_state", dying)
+        with pytest.raises(Killed):
+            ltsd.main([*args, "--out", str(tmp_path / "b")])
+    assert ltsd.main([*args, "--out", str(tmp_path / "b")]) == 0
+    one, two = (torch.load(tmp_path / d / "last.pt", weights_only=True)["state_dict"] for d in "ab")
+    assert all(torch.equal(v, two[k]) for k, v in one.items())
+    assert all(v.isfinite().all() for v in one.values())
+
+
+def test_teachers_and_distillations(finished, tmp_path, capsys):
+    copied = [*TINY, "--out", str(tmp_path / "a"), "--teacher", str(finished / "teacher.pt"), "--kd", "kl"]
+    assert ltsd.main(copied) == 0 and "sha256" in capsys.readouterr().out
+    one, two = (
+        torch.load(d / "teacher.pt", weights_only=True)["state_dict"] for d in (finished, tmp_path / "a")
+    )
+    assert all(torch.equal(v, two[k]) for k, v in one.items())
+    other = [
+        "--teacher-method",
+        "robal",
+        "--teacher-data",
+        "full",
+        "--aug",
+        "ra",
+        "--out",
+        str(tmp_path / "b"),
+    ]
+    assert ltsd.main([*TINY, *other]) == 0
+    assert "teacher: robal on 33 images, 6 to 2 a class" in capsys.readouterr().out
+    assert ltsd.main([*TINY, "--teacher", "nowhere.pt", "--out", str(tmp_path / "c")]) == 2
+    assert "nowhere.pt does not exist" in capsys.readouterr().err
+
+
 # 8  Training -----------------------------------------------------------------------------
 
 
@@ -817,7 +1360,7 @@ def test_learning_rate_schedule():
 
 
 def test_run_folder(finished):
-    assert {p.name for p in finished.iterdir()} == set(ltsd.Run.FILES)
+    assert {p.name for p in finished.iterdir()} == set(ltsd.Run.FILES) - {"aa.pt"}
     results = json.loads((finished / "results.json").read_text())
     assert list(results["checkpoints"]) == ["teacher", "best", "last"] and "evaluations" not in results
     best = results["checkpoints"]["best"]
@@ -978,6 +1521,432 @@ def test_evaluation_does_not_touch_training(finished, tmp_path):
         torch.load(d / "last.pt", weights_only=True)["state_dict"] for d in (finished, tmp_path / "b")
     )
     assert all(torch.equal(v, two[k]) for k, v in one.items())
+
+
+# 9  AutoAttack ---------------------------------------------------------------------------
+
+EPS = 20 / 255
+QUICK = {"eps": EPS, "iterations": 10, "queries": 30}
+
+
+def task(count, classes, seed):
+    """Blurred class prototypes plus noise, [count, 3, 12, 12]."""
+    prototypes = torch.rand(classes, 3, 3, 3, generator=torch.Generator().manual_seed(99))
+    prototypes = F.interpolate(prototypes, size=12, mode="bilinear") * 0.5 + 0.25
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(classes, (count,), generator=g)
+    return (prototypes[y] + 0.25 * torch.randn(count, 3, 12, 12, generator=g)).clamp(0, 1), y
+
+
+def trained(classes):
+    """A 5,122-parameter net (10 classes) after 150 PGD-AT steps."""
+    generator = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 12, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(12, 24, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(216, classes),
+    )
+    x, y = task(2048, classes, 1)
+    optimiser = torch.optim.Adam(net.parameters(), 2e-3)
+    for step in range(150):
+        rows = torch.arange(128) + 128 * (step % 16)
+        d = torch.zeros_like(x[rows]).uniform_(-8 / 255, 8 / 255)
+        for _ in range(2):
+            d.requires_grad_()
+            (g,) = torch.autograd.grad(F.cross_entropy(net((x[rows] + d).clamp(0, 1)), y[rows]), d)
+            d = (d.detach() + 5 / 255 * g.sign()).clamp(-8 / 255, 8 / 255)
+        optimiser.zero_grad()
+        F.cross_entropy(net((x[rows] + d).clamp(0, 1)), y[rows]).backward()
+        optimiser.step()
+    torch.random.set_rng_state(generator)
+    return net
+
+
+@pytest.fixture(scope="module")
+def net():
+    return trained(10)
+
+
+def accuracy(net, x, y):
+    return 100 * (net(x).argmax(1) == y).double().mean().item()
+
+
+# randomness
+
+
+def test_hash_is_splitmix64():
+    words = ltsd.random_bits(
+        torch.tensor([0]), 3
+    )  # the key is hashed first: undo by comparing the plain function
+    golden = -0x61C8864680B583EB
+    got = ltsd.hash64(torch.arange(1, 4) * golden) & 0xFFFFFFFFFFFFFFF
+    expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # splitmix64 with seed 0
+    assert got.tolist() == [word & 0xFFFFFFFFFFFFFFF for word in expected]
+    assert words.shape == (1, 3)
+
+
+def test_draws_are_uniform_and_independent():
+    words = ltsd.random_bits(torch.arange(2000), 50)
+    assert words.unique().numel() == words.numel()
+    uniform = (words >> 40 & 0xFFFFFF).double() * 2**-24
+    counts = torch.histc(uniform, 64, 0, 1)
+    chi2 = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+    assert chi2 < 63 + 5 * math.sqrt(2 * 63), chi2
+    for a, b in ((uniform[:, 0], uniform[:, 1]), (uniform[:-1, 0], uniform[1:, 0])):
+        assert abs(np.corrcoef(a.numpy(), b.numpy())[0, 1]) < 0.1
+    ones = torch.stack([(words >> bit & 1).double().mean() for bit in range(64)])
+    assert (ones - 0.5).abs().max() < 5 * 0.5 / math.sqrt(words.numel())
+    below = ltsd.random_below(words, 7)
+    assert below.min() == 0 and below.max() == 6
+    assert (torch.bincount(below.flatten()).double() / below.numel() - 1 / 7).abs().max() < 0.006
+
+
+# the projection
+
+
+def brute_projection(t, w, gap):
+    """The same by bisection on the length in float64, one row."""
+    direction = -np.sign(w * gap)
+    room = np.where(direction > 0, 1 - t, t)
+
+    def reached(length):
+        return (np.abs(w) * np.minimum(length, room)).sum()
+
+    low, high = 0.0, 1.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if reached(middle) < abs(gap) else (low, middle)
+    return direction * np.minimum(high, room)
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.3, 3.0, 1000.0])
+def test_projection_equals_brute_force(scale):
+    g = torch.Generator().manual_seed(int(scale * 100))
+    t = torch.rand(40, 30, generator=g, dtype=torch.float64)
+    w = torch.randn(40, 30, generator=g, dtype=torch.float64) * torch.randn(40, 30, generator=g).exp()
+    gap = torch.randn(40, generator=g, dtype=torch.float64) * scale
+    t[:10, :15] = 0  # no room to fall
+    t[10:20, :15] = 1
+    w[5:30:2, ::3] = 0
+    w[3, 1:] = 0
+    d = ltsd.project_linf(t, w, gap)
+    for i in range(len(t)):
+        assert np.allclose(
+            d[i].numpy(), brute_projection(t[i].numpy(), w[i].numpy(), float(gap[i])), atol=1e-12
+        ), i
+    assert (t + d).min() >= -1e-15 and (t + d).max() <= 1 + 1e-15
+    single = ltsd.project_linf(t.float(), w.float(), gap.float())
+    assert (single - d).abs().max() < 1e-5 * max(1, 1 / w[w != 0].abs().min().clamp(max=1e-3) * 1e-3)
+
+
+def test_projection_degenerate():
+    t = torch.tensor([[0.2, 0.5], [0.0, 1.0], [0.3, 0.3]])
+    w = torch.tensor([[0.0, 0.0], [1.0, -1.0], [1.0, 2.0]])
+    d = ltsd.project_linf(t, w, torch.tensor([1.0, 1.0, 0.0]))
+    assert d.tolist() == [[0, 0], [0, 0], [0, 0]]  # no direction; no room; nothing to do
+    slow = torch.tensor(
+        [[4.0**-k for k in range(12)]], dtype=torch.float64
+    )  # Newton's slow case: all its steps
+    d = ltsd.project_linf(slow, 1 / slow, torch.tensor([11.5], dtype=torch.float64))
+    assert abs(float((d / slow).sum()) + 11.5) < 1e-12
+
+
+# parity with the official package
+
+
+@pytest.mark.parametrize("attack", [*ltsd.AUTOATTACK, "all"])
+def test_parity_with_the_official_package(net, attack):
+    official = pytest.importorskip("pyautoattack")
+    x, y = task(192 if attack == "square" else 48, 10, 7)  # Square is cheap, and nothing but random draws
+    names = list(ltsd.AUTOATTACK) if attack == "all" else [attack]
+    ours = ltsd.autoattack(net, x, y, eps=EPS / 1.5, attacks=names, queries=500)
+    theirs = official.AutoAttack(net.eval(), attacks=names, eps=EPS / 1.5, version="custom", seed=0)
+    theirs.apgd.n_restarts = theirs.fab.n_restarts = 1
+    theirs.square.n_queries = 500
+    reference, _ = theirs.run_standard_evaluation(x, y, batch_size=len(x))
+    difference = accuracy(net, ours, y) - accuracy(net, reference, y)
+    assert abs(difference) <= (3.2 if attack == "square" else 2.1), difference  # of 48, one point is 2.1
+    assert 5 < accuracy(net, reference, y) < 95
+
+
+# the engine
+
+
+class Countdown:
+    """A stand-in attack: rows in `weak` fall at (rank, step), the others use up all their ticks."""
+
+    ascend = exact = None
+    targets, evaluations = 3, 4
+
+    def __init__(self, weak):
+        self.weak, self.widths, self.log = weak, [], []
+
+    def start(self, lane):
+        lane["image"] = lane["row"].double()
+
+    def advance(self, lane):
+        jobs = list(zip(lane["row"].tolist(), lane["rank"].tolist(), lane["step"].tolist(), strict=True))
+        self.widths.append(len(jobs))
+        self.log += jobs
+        claims = torch.tensor([self.weak.get(row) == (rank, step) for row, rank, step in jobs])
+        lane["step"] = lane["step"] + 1
+        return lane["image"].clone(), claims, lane["step"] >= self.evaluations
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 50])
+def test_lanes_are_refilled(batch_size):
+    weak = {0: (0, 0), 2: (1, 3), 5: (2, 1), 6: (0, 3)}
+    attack, left = Countdown(weak), []
+
+    def make_lane(jobs):
+        rows, ranks = torch.tensor(jobs).unbind(1)
+        return {"row": rows, "rank": ranks, "y": rows, "step": torch.zeros_like(rows)}
+
+    found = list(ltsd.run_lanes(attack, range(9), make_lane, batch_size, left.append))
+    rows = [row for group, _ in found for row in group]
+    assert sorted(rows) == sorted(weak)
+    assert all(images.tolist() == list(map(float, group)) for group, images in found)
+    expected = set()
+    for row in range(9):
+        last = weak.get(row, (2, 3))
+        expected |= {(row, rank, step) for rank in range(3) for step in range(4) if (rank, step) <= last}
+    assert (
+        len(attack.log) == len(expected) and set(attack.log) == expected
+    )  # no job left out, none done twice
+    assert left[-1] == 0 and left == sorted(left, reverse=True)
+    assert attack.widths[0] == min(batch_size, 9)
+    if batch_size <= 3:
+        assert set(attack.widths[: 80 // batch_size // 2]) == {batch_size}  # full while there are jobs
+
+
+def test_result_does_not_depend_on_the_batch_size(net):
+    x, y = task(40, 10, 3)
+    x, double = x.double(), trained(10).double()
+    for names in (("apgd-ce",), ("apgd-t",), ("fab-t",), ("square",), ltsd.AUTOATTACK):
+        results = [
+            ltsd.autoattack(
+                double, x, y, eps=EPS / 1.5, attacks=names, batch_size=b, iterations=12, queries=40
+            )
+            for b in (3, 7, 64)
+        ]
+        flags = [double(r).argmax(1) == y for r in results]
+        assert 0 < flags[0].sum() < 40
+        for other, flag in zip(results[1:], flags[1:], strict=True):
+            assert torch.equal(flag, flags[0])
+            assert (other - results[0]).abs().max() < 1e-9, names
+
+
+def test_draws_follow_the_index(net):
+    x, y = task(20, 10, 3)
+    whole = ltsd.autoattack(net, x, y, attacks=("square",), **QUICK)
+    part = ltsd.autoattack(net, x[8:], y[8:], attacks=("square",), index=torch.arange(8, 20), **QUICK)
+    assert torch.equal(whole[8:], part)
+    other = ltsd.autoattack(net, x, y, attacks=("square",), seed=1, **QUICK)
+    assert not torch.equal(whole, other)
+
+
+def test_low_precision_ascent_is_confirmed(net):
+    """A steering net that lies: its claims alone must not count, its best points are checked at the end."""
+    x, y = task(40, 10, 3)
+    plain = ltsd.autoattack(net, x, y, attacks=("apgd-ce", "apgd-t"), **QUICK)
+    coarse = trained(10).eval().bfloat16()
+    nets = (lambda z: coarse(z.bfloat16()).float(), net)
+    low = ltsd.autoattack(net, x, y, attacks=("apgd-ce", "apgd-t"), nets=nets, **QUICK)
+    assert abs(accuracy(net, low, y) - accuracy(net, plain, y)) <= 5.1
+    liar = (lambda z: -net(z), net)  # claims everything, climbs the wrong way
+    lied = ltsd.autoattack(net, x, y, attacks=("apgd-ce",), nets=liar, **QUICK)
+    assert accuracy(net, lied, y) >= accuracy(net, plain, y)
+    shy = (
+        lambda z: net(z) + 1e3 * F.one_hot(y[:1], 10),
+        net,
+    )  # never claims; the right ascent for class y[0]
+    one = ltsd.autoattack(net, x[:1], y[:1], eps=0.3, attacks=("apgd-t",), nets=shy, iterations=10)
+    assert accuracy(net, one, y[:1]) == 0
+
+
+# the runner
+
+
+def test_monotone_log_state_and_resume(net):
+    x, y = task(48, 10, 5)
+    lines, state = [], {}
+    whole = ltsd.autoattack(net, x, y, log=lines.append, state=state, **QUICK)
+    assert [line.split()[0] for line in lines] == ["clean", *ltsd.AUTOATTACK, "audit"]
+    robust = [float(line.split("%")[0].split()[-1]) for line in lines[:-1]]
+    assert robust == sorted(robust, reverse=True) and robust[0] > robust[-1]
+    assert f"scored again {robust[-1]:.2f} %" in lines[-1] and "|x_adv - x| <= 20.0000/255" in lines[-1]
+    unfooled = net(whole).argmax(1) == y
+    assert torch.equal(whole[unfooled], x[unfooled])
+
+    class Interrupted(dict):
+        def __setitem__(self, name, record):
+            super().__setitem__(name, record)
+            if name == "apgd-t":
+                raise KeyboardInterrupt
+
+    broken = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        ltsd.autoattack(net, x, y, state=broken, **QUICK)
+    saved = dict(broken)
+    assert list(saved) == ["apgd-ce", "apgd-t"]
+    assert torch.equal(ltsd.autoattack(net, x, y, state=saved, **QUICK), whole)
+    with pytest.raises(ValueError, match="drop it"):
+        ltsd.autoattack(net, x, y, state=saved, seed=1, **QUICK)
+
+
+def test_model_is_left_as_it_was():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(400, 10))
+    net.train()
+    net[1].eval()
+    net[0].bias.requires_grad_(False)
+    net[4].weight.grad = torch.ones_like(net[4].weight)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x, y = task(12, 10, 3)
+    kept, generator = x.clone(), torch.random.get_rng_state()
+    ltsd.autoattack(net, x, y, eps=EPS, iterations=3, queries=3)
+    assert torch.equal(x, kept) and torch.equal(torch.random.get_rng_state(), generator)
+    assert [m.training for m in net.modules()] == [True, True, False, True, True, True]
+    assert [p.requires_grad for p in net.parameters()] == [True, False, True, True, True, True]
+    assert [p.grad is None for p in net.parameters()] == [True] * 4 + [False, True]
+    assert (net[4].weight.grad == 1).all()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    with pytest.raises(ValueError, match="labels below 10"):
+        ltsd.autoattack(net, x, y + 5, eps=EPS)
+    assert net.training and not net[1].training
+
+
+BAD = [
+    ({"x": torch.full((2, 3, 12, 12), 2.0)}, "must lie in"),
+    ({"x": torch.full((2, 3, 12, 12), math.nan)}, "nan"),
+    ({"x": torch.zeros(2, 3, 12, 12, dtype=torch.uint8)}, "uint8"),
+    ({"x": torch.zeros(2, 432)}, r"\[2, 432\]"),
+    ({"y": torch.zeros(2)}, "float32"),
+    ({"y": torch.zeros(3, dtype=torch.int64)}, r"\[3\]"),
+    ({"y": torch.tensor([0, 10])}, r"\[0, 10\]"),
+    ({"y": torch.tensor([-1, 0])}, r"\[-1, 0\]"),
+    ({"eps": -0.1}, "-0.1"),
+    ({"eps": 8}, "eps in"),
+    ({"attacks": ("pgd",)}, "pgd"),
+    ({"attacks": ()}, "each attack"),
+    ({"attacks": ("square", "square")}, "each attack"),
+    ({"batch_size": 0}, "0"),
+    ({"index": torch.zeros(3, dtype=torch.int64)}, "index"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD)
+def test_bad_arguments_are_named(net, change, message):
+    arguments = {"x": torch.zeros(2, 3, 12, 12), "y": torch.zeros(2, dtype=torch.int64)} | change
+    with pytest.raises(ValueError, match=message):
+        ltsd.autoattack(net, arguments.pop("x"), arguments.pop("y"), **arguments)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, net, function):
+        super().__init__()
+        self.net, self.function = net, function
+
+    def forward(self, x):
+        return self.function(self.net, x)
+
+
+WARN = {
+    "randomised": lambda net, x: net(x) + 0.5 * torch.randn(len(x), 10),
+    "softmax": lambda net, x: net(x).softmax(1),
+    "zero input gradient": lambda net, x: net((x * 8).round() / 8),
+}
+
+
+@pytest.mark.parametrize("message", WARN)
+def test_warnings(net, message):
+    x, y = task(16, 10, 3)
+    with pytest.warns(UserWarning, match=message):
+        ltsd.autoattack(Wrapped(net, WARN[message]), x, y, attacks=("apgd-ce",), **QUICK)
+
+
+def test_square_warns_of_masked_gradients(net):
+    x, y = task(24, 10, 3)
+    masked = Wrapped(net, lambda net, x: net((x * 32).round() / 32))
+    with pytest.warns(UserWarning, match="Square fooled"):
+        ltsd.autoattack(masked, x, y, eps=0.2, iterations=5, queries=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ltsd.autoattack(net, x, y, **QUICK)
+    blind = Wrapped(net, lambda net, x: net(x).detach())
+    with pytest.raises(ValueError, match="square"):
+        ltsd.autoattack(blind, x, y, attacks=("apgd-ce",), **QUICK)
+    assert accuracy(net, ltsd.autoattack(blind, x, y, attacks=("square",), **QUICK), y) < accuracy(net, x, y)
+
+
+def test_audit_raises_on_disagreement(net, monkeypatch):
+    x, y = task(16, 10, 3)
+    state = {}
+    ltsd.autoattack(net, x, y, attacks=("apgd-ce",), state=state, **QUICK)
+    state["apgd-ce"]["images"] = x[state["apgd-ce"]["rows"]]
+    with pytest.raises(RuntimeError, match=f"{len(state['apgd-ce']['rows'])} of 16"):
+        ltsd.autoattack(net, x, y, attacks=("apgd-ce",), state=state, **QUICK)
+
+
+def test_empty_one_all_wrong_all_robust(net):
+    x, y = task(24, 10, 3)
+    assert ltsd.autoattack(net, x[:0], y[:0]).shape == (0, 3, 12, 12)
+    assert ltsd.autoattack(net, x[:1], y[:1], **QUICK).shape == (1, 3, 12, 12)
+    wrong = (net(x).argmax(1) + 1) % 10
+    assert torch.equal(ltsd.autoattack(net, x, wrong, **QUICK), x)
+    right, lines = net(x).argmax(1), []
+    assert torch.equal(ltsd.autoattack(net, x, right, eps=0, iterations=5, queries=5, log=lines.append), x)
+    assert lines[-2].startswith("square    points 24  robust 100.00 %")
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_few_classes(classes):
+    net, (x, y), lines = trained(classes), task(32, classes, 3), []
+    for name in ltsd.AUTOATTACK:
+        got = ltsd.autoattack(
+            net, x, y, eps=0.2, attacks=(name,), log=lines.append, iterations=20, queries=100
+        )
+        assert accuracy(net, got, y) < accuracy(net, x, y) - 20, name
+    assert any("DLR needs 4 classes" in line for line in lines) == (classes < 4)
+
+
+def test_channels_last_and_rectangles(net):
+    x, y = task(12, 10, 3)
+    last = ltsd.autoattack(net, x.contiguous(memory_format=torch.channels_last), y, **QUICK)
+    assert torch.equal(net(last).argmax(1) == y, net(ltsd.autoattack(net, x, y, **QUICK)).argmax(1) == y)
+    flat = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 10))
+    ltsd.autoattack(flat, torch.rand(6, 3, 8, 20), torch.arange(6), **QUICK)
+
+
+def test_interrupted_autoattack_goes_on_where_it_stopped(finished, tmp_path, monkeypatch, capsys):
+    """The first two attacks' results are on the disk when the third dies: they are not repeated."""
+    import shutil
+
+    out, args = tmp_path / "b", [*TINY, "--stage", "eval", "--attacks", "clean,aa"]
+    shutil.copytree(finished, out)
+    real, ran = ltsd._run_attack, []
+
+    def dying(name, attack, *rest):
+        ran.append(name)
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        attack.evaluations = 20  # what counts here is which attacks run
+        return real(name, attack, *rest)
+
+    monkeypatch.setattr(ltsd, "_run_attack", dying)
+    with pytest.raises(KeyboardInterrupt):
+        ltsd.main([*args, "--out", str(out)])
+    assert ran == ["apgd-ce", "apgd-t", "fab-t"] and (out / "aa.pt").exists()
+    assert ltsd.main([*args, "--out", str(out)]) == 0
+    assert ran[3:5] == ["fab-t", "square"] and ran[5:] == [*ltsd.AUTOATTACK] * 2
+    assert not (out / "aa.pt").exists()
+    checkpoints = json.loads((out / "results.json").read_text())["checkpoints"]
+    for m in checkpoints.values():
+        assert m["aa"] <= m["pgd"] + 1e-9 and len(m["class_aa"]) == 10 and m["tail_aa"] <= m["tail_clean"]
+    assert " AA " in capsys.readouterr().out
 
 
 # 10  Evaluation --------------------------------------------------------------------------
