@@ -9,8 +9,8 @@ set D; the student, trained adversarially on D with balanced softmax, distils fr
     python ltsd.py --data folder --data-dir DIR --ir 50    # your images: DIR/train/CLASS/*, DIR/test/CLASS/*
 
 Sections: 1 setup, 2 config, 3 data, 4 models, 5 step, 6 attack, 7 methods, 8 training, 10 evaluation, 11
-report, 14 main. Images are float32 in [0,1], NCHW, channels_last; labels int64; eps and step_size are
-fractions in the functions and 255ths on the command line. Importing has no side effects: import what you
+report, 13 bench, 14 main. Images are float32 in [0,1], NCHW, channels_last; labels int64; eps and step_size
+are fractions in the functions and 255ths on the command line. Importing has no side effects: import what you
 need.
 """
 
@@ -21,6 +21,8 @@ need.
 import argparse
 import contextlib
 import copy
+import ctypes
+import functools
 import hashlib
 import io
 import itertools
@@ -47,6 +49,7 @@ import torchvision
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.datasets.utils import calculate_md5, download_url
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 try:
@@ -58,6 +61,7 @@ except ImportError:  # macOS, Windows: the reference step takes over
     HAS_TRITON = False
 
 SYNC_EVERY = 50  # training steps between two reads of device-side values
+CPU_CHUNK = 32  # images a gradient-free forward takes at once on a CPU: small enough to stay in its caches
 AMP_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 
 
@@ -109,7 +113,7 @@ class Config:
     arch: str = _flag(None, "network (resnet18; tinyimagenet preactresnet18, synthetic resnet8)",
                       choices=("resnet18", "preactresnet18", "wrn34-10", "resnet8"))
     stage: str = _flag("all", "what to do; 'train' is another name of 'distill'", identity=False,
-                       choices=("all", "teacher", "distill", "train", "eval", "report"))
+                       choices=("all", "teacher", "distill", "train", "eval", "report", "bench"))
     aug: str = _flag("none", "RandAugment(2, 8) or AutoAugment's CIFAR-10 policy before crop and flip",
                      choices=("none", "ra", "aua"))
     official: bool = _flag(False, "the method's own published optimiser settings, if any for the data")
@@ -147,6 +151,9 @@ class Config:
     device: str = _flag("auto", "auto, cpu, cuda or cuda:N", identity=False)
     amp: str = _flag("auto", "precision of the convolutions; auto: bf16 where the hardware has it, fp16 on "
                      "older GPUs, else off", choices=("auto", "bf16", "fp16", "off"))
+    compile: str = _flag("auto", "compile networks, and on CUDA replay attacks as graphs; auto: on CUDA only",
+                         choices=("auto", "on", "off"))
+    deterministic: bool = _flag(False, "deterministic algorithms on CUDA too (slower; CPU runs always are)")
     seed: int = _flag(0, "seed of the weights, of D_B and of every other draw", low=0, many=True)
     out: str = _flag(None, "run folder (runs/NAME; with comma lists the parent of the run folders)",
                      identity=False)
@@ -286,7 +293,24 @@ def resolve(cfg) -> Config:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices; try cpu")
     amp = best_precision(device) if cfg.amp == "auto" else cfg.amp
-    return replace(cfg, device=name, amp=amp, stage="distill" if cfg.stage == "train" else cfg.stage)
+    stage, compiled = "distill" if cfg.stage == "train" else cfg.stage, best_compile(cfg.compile, device)
+    return replace(cfg, device=name, amp=amp, stage=stage, compile=compiled)
+
+
+@functools.lru_cache
+def best_compile(choice, device) -> str:
+    """'on' or 'off': 'auto' means on where the device is a GPU and a first tiny compilation succeeds."""
+    if choice == "off" or (choice == "auto" and device.type == "cpu"):
+        return "off"
+    try:
+        torch.compile(lambda t: t.sin() + 1)(torch.zeros(8, device=device))
+        return "on"
+    except Exception as error:  # no compiler, no Triton, an unsupported GPU ...
+        reason = f"torch.compile does not work here ({type(error).__name__})"
+        if choice == "on":
+            raise UserError(f"--compile on: {reason}; install a C++ compiler, or use --compile off") from None
+        warnings.warn(f"{reason}: going on without, more slowly", stacklevel=2)
+        return "off"
 
 
 def best_precision(device) -> str:
@@ -414,7 +438,7 @@ AUGMENT_CHUNK = 8192  # images in flight; bounds the memory (equalize takes 8 by
 
 
 def _warp(x, degrees=0.0, shift=(0, 0), slope=(0.0, 0.0)):
-    """Warp uint8 [N, 3, H, W]: torchvision moves one image of pixel numbers on the CPU, a gather the rest.
+    """Warp uint8 [N,3,H,W]: torchvision moves one image of pixel numbers on the CPU, a gather the rest.
 
     The pixels of TF.affine(x), but on any device and at any matmul precision, and faster than grid_sample."""
     numbers = torch.arange(1.0, x.shape[2] * x.shape[3] + 1).view(1, *x.shape[2:])  # 0 is left for "outside"
@@ -448,7 +472,7 @@ def _draw_ops(policy, n, height, width, generator):
 
 
 def _apply_ops(x, codes, actions):
-    """New uint8 [N, 3, H, W], image i after actions[codes[i]]; sorted by code: a group is one slice."""
+    """New uint8 [N,3,H,W], image i after actions[codes[i]]; sorted by code: a group is one slice."""
     order, counts = codes.argsort(), codes.bincount(minlength=len(actions)).tolist()
     grouped = x.index_select(0, order.to(x.device))
     for (name, magnitude), group in zip(actions, grouped.split(counts), strict=True):
@@ -469,10 +493,10 @@ def _crop_and_flip(x, top, left, flip):
 def augment(images_u8, policy, generator) -> torch.Tensor:
     """Augment a whole epoch at once: the policy, then a zero-pad-4 random crop, then a flip with p = 0.5.
 
-    images_u8: uint8 [N, 3, H, W], any device, not changed. policy: "none", "ra" (RandAugment, two ops at
+    images_u8: uint8 [N,3,H,W], any device, not changed. policy: "none", "ra" (RandAugment, two ops at
     magnitude 8) or "aua" (AutoAugment's CIFAR-10 policy). generator: a CPU torch.Generator, the only source
     of randomness; all draws are made first and on the CPU, so they do not depend on the device. Returns a new
-    uint8 [N, 3, H, W] on the same device. Every image has the distribution of torchvision v2's RandAugment or
+    uint8 [N,3,H,W] on the same device. Every image has the distribution of torchvision v2's RandAugment or
     AutoAugment (nearest, black fill), RandomCrop(padding=4) and RandomHorizontalFlip on a tensor. Order and
     settings as in AT-BSL (datasets.py@23f433e). ValueError: unknown policy, other dtype or shape, a generator
     that is not on the CPU."""
@@ -480,7 +504,7 @@ def augment(images_u8, policy, generator) -> torch.Tensor:
         raise ValueError(f"policy is {policy!r}; choose none, ra or aua")
     shape, device = list(images_u8.shape), images_u8.device
     if images_u8.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or 0 in shape[2:]:
-        raise ValueError(f"images must be uint8 [N, 3, H, W], got {images_u8.dtype} {shape}")
+        raise ValueError(f"images must be uint8 [N,3,H,W], got {images_u8.dtype} {shape}")
     if generator.device.type != "cpu":
         raise ValueError(f"generator is on {generator.device}; pass a CPU one: torch.Generator()")
     n, out = shape[0], torch.empty(shape, dtype=torch.uint8, device=device)
@@ -995,12 +1019,14 @@ class FrozenCopy(nn.Module):
     """What an attack needs of a Net and no more: eval mode, no parameter gradients, batch norms folded away,
     convolutions in `dtype`, float32 head. Images in [0,1] of any float dtype -> float32 logits.
 
-    It follows its source when ``refresh`` is called, in place, so that compiled code sees the new weights.
+    It follows its source when ``refresh`` is called, in place, so that compiled code and captured graphs,
+    which ``speed_up`` adds for given batch sizes, see the new weights.
     """
 
     def __init__(self, model, dtype=torch.float32):
         super().__init__()
         self.net, self.dtype = copy.deepcopy(model).eval().requires_grad_(False), dtype
+        self.compiled, self.sizes, self.runners, self.capture = None, (), {}, None
         self.folded, self.affine, modules, norms = [], [], dict(model.named_modules()), set()
         for name, module in modules.items():
             for pair in getattr(module, "folds", ()):
@@ -1051,8 +1077,61 @@ class FrozenCopy(nn.Module):
         """Stays in eval mode whatever its owner does."""
         return super().train(False)
 
+    def speed_up(self, *sizes, capture=None):
+        """Compile the forward for batches of these sizes; on CUDA also capture whole attacks as graphs."""
+        self.compiled, self.sizes = torch.compile(self.net, dynamic=False), sizes
+        on_cuda = next(self.net.parameters()).is_cuda
+        self.capture = capture or (capture_cuda_graph if on_cuda else None)
+        return self
+
+    def runner(self, *settings):
+        """The GraphRunner of the attack with these settings (see _ascend)."""
+        if settings not in self.runners:
+            self.runners[settings] = GraphRunner(functools.partial(_ascend, self, *settings), self.capture)
+        return self.runners[settings]
+
     def forward(self, x):
-        return self.net(x.to(self.dtype))
+        net = self.compiled if len(x) in self.sizes else self.net
+        if x.is_cpu and len(x) > CPU_CHUNK and not torch.is_grad_enabled():
+            return torch.cat([net(part.to(self.dtype)) for part in x.split(CPU_CHUNK)])
+        return net(x.to(self.dtype))
+
+
+def capture_cuda_graph(fn, inputs):
+    """Warm fn up and capture fn(*inputs) as a CUDA graph -> (what replays it, its result)."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            fn(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = fn(*inputs)
+    return graph.replay, result
+
+
+class GraphRunner:
+    """fn(*tensors) replayed on static buffers: one launch in the place of hundreds.
+
+    The first call's shapes are captured; later calls of those shapes copy their tensors into the buffers and
+    replay, other shapes (an epoch's last batch) go to fn itself. The result is valid until the next call.
+    capture(fn, buffers) -> (replay, result); None: always fn itself.
+    """
+
+    def __init__(self, fn, capture=None):
+        self.fn, self.capture, self.key = fn, capture, None
+
+    def __call__(self, *inputs):
+        key = [(t.shape, t.dtype, t.stride()) for t in inputs]
+        if self.capture is None or self.key not in (None, key):
+            return self.fn(*inputs)
+        if self.key is None:
+            self.key, self.buffers = key, [t.clone() for t in inputs]
+            self.replay, self.result = self.capture(self.fn, self.buffers)
+        torch._foreach_copy_(self.buffers, list(inputs))
+        self.replay()
+        return self.result
 
 
 def cross_entropy_objective(logits, y, aux=None):
@@ -1108,14 +1187,22 @@ def pgd_attack(
 
 
 def _pgd(forward, x, y, eps, step_size, steps, init, objective, aux, generator):
-    """pgd_attack without its checks; forward: images in its own `dtype` (default float32) -> float32
-    logits."""
-    dtype, x = getattr(forward, "dtype", torch.float32), x.detach()
-    noise = torch.zeros_like(x)
+    """pgd_attack without its checks: draw the start, then ascend."""
+    x, noise = x.detach(), torch.zeros_like(x)
     if init != "none":
-        draw, bounds = (noise.uniform_, (-eps, eps)) if init == "uniform" else (noise.normal_, (0, 1e-3))
-        draw(*bounds, generator=generator)
-    x_adv = pgd_step_reference(x + noise, torch.zeros_like(x), x, 0.0, eps)
+        draw, spread = (noise.uniform_, (-eps, eps)) if init == "uniform" else (noise.normal_, (0, 1e-3))
+        draw(*spread, generator=generator)
+    start = pgd_step_reference(x + noise, torch.zeros_like(x), x, 0.0, eps)
+    inputs, settings = [x, y, start] + ([] if aux is None else [aux]), (objective, eps, step_size, steps)
+    if isinstance(forward, FrozenCopy):
+        return forward.runner(*settings)(*inputs)
+    return _ascend(forward, *settings, *inputs)
+
+
+def _ascend(forward, objective, eps, step_size, steps, x, y, start, aux=None):
+    """The attack's steps from `start`; forward: images in its own `dtype` (default float32) -> float32
+    logits."""
+    dtype, x_adv = getattr(forward, "dtype", torch.float32), start.clone()
     low = None if dtype == torch.float32 else x_adv.to(dtype)
     # fp16 flushes what is below 6e-8 to zero; only the sign matters, so attack a multiple of the objective
     scale = 2.0**10 * len(x) if dtype == torch.float16 else 1.0
@@ -1366,6 +1453,7 @@ class Method:
     head: str = "linear"
     awp: float = 0.0  # gamma of the weight perturbation around the step
     teacher: bool = False  # needs the self-teacher
+    low_precision: bool = True  # may the attack's convolutions be bf16 or fp16?
     official: dict = field(default_factory=dict)  # the method's own published settings ...
     official_data: tuple = ()  # ... and the data sets they were published for
 
@@ -1387,7 +1475,9 @@ METHODS = {
     "natural": Method(_pgd_at, None, "none", 1),
     "pgd-at":  Method(_pgd_at, CE, "uniform", 1, official_data=LT,
                       official=dict(epochs=200, milestones="0.5,0.75")),
-    "trades":  Method(_trades, kl_objective, "gauss", 2, _clean_log_p, official_data=("cifar10",),
+    # in bf16 TRADES' attack loses 6 % of its strength: next to x its gradient is small against the rounding
+    "trades":  Method(_trades, kl_objective, "gauss", 2, _clean_log_p, low_precision=False,
+                      official_data=("cifar10",),
                       official=dict(epochs=76, milestones=f"{74 / 76}", weight_decay=2e-4)),
     "mart":    Method(_mart, CE, "gauss", 2, official_data=("cifar10",),
                       official=dict(epochs=120, milestones=f"{74 / 120},{89 / 120},{99 / 120}", lr=0.01,
@@ -1508,7 +1598,13 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
     """
     row, device, dtype = METHODS[phase.method], data.train_images.device, AMP_DTYPE[cfg.amp]
     model, optimizer, scaler, streams, at = _start(cfg, phase, data, run, device)
-    frozen, counts = FrozenCopy(model, dtype), torch.tensor(phase.counts, dtype=torch.float32, device=device)
+    frozen = FrozenCopy(model, dtype if row.low_precision else torch.float32)
+    exact, student = FrozenCopy(model), model
+    if cfg.compile == "on":  # the model itself stays as it is: what is saved has no trace of the compiler
+        student = torch.compile(model, dynamic=False)
+        frozen.speed_up(phase.batch_size, EVAL_BATCH)
+        exact.speed_up(EVAL_BATCH)
+    counts = torch.tensor(phase.counts, dtype=torch.float32, device=device)
     predicted = at["predicted"].to(device)  # per class, in the epoch before; the counts in the first
     threat = dict(eps=cfg.eps / 255, step_size=cfg.step_size / 255, steps=cfg.steps, init=row.init)
     threat |= dict(objective=row.objective, generator=streams["noise"])
@@ -1529,7 +1625,8 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
             frozen.refresh()
             aux = row.aux(frozen, x, counts, predicted)
             x_adv = pgd_attack(frozen, x, y, aux=aux, **threat) if row.objective else x
-            batch = Batch(model.train(), x, x_adv, y, counts, cfg, cfg.alpha * epoch / phase.epochs, teacher)
+            model.train()
+            batch = Batch(student, x, x_adv, y, counts, cfg, cfg.alpha * epoch / phase.epochs, teacher)
 
             def outer(batch=batch):
                 with torch.autocast(device.type, dtype, enabled=cfg.amp != "off"):
@@ -1550,7 +1647,7 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
         )
         line = f"{phase.name} {epoch:>4}/{phase.epochs:<4} lr {lr:<7.2g} loss {mean_loss:8.4f}"
         line += f"  train {accuracy:6.2f}  {at['seconds'] / epoch:7.1f} s/epoch"
-        line += _select(cfg, phase, data, run, model, epoch, at)
+        line += _select(cfg, phase, data, run, model, epoch, at, (frozen, exact))
         saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         generators = {name: generator.get_state() for name, generator in streams.items()}
         run.save_state(dict(at, phase=phase.name, generators=generators, indices=phase.indices, **saved))
@@ -1564,7 +1661,10 @@ def _start(cfg, phase, data, run, device):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(cfg.seed, phase.name, "weights"))
         model = build_model(cfg.arch, len(data.classes), METHODS[phase.method].head).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), cfg.lr, cfg.momentum, weight_decay=cfg.weight_decay)
+    options = dict(
+        lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=device.type == "cuda"
+    )
+    optimizer = torch.optim.SGD(model.parameters(), **options)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     streams = {"order": torch.Generator(), "noise": torch.Generator(device)}
     for name, generator in streams.items():
@@ -1587,15 +1687,17 @@ def _start(cfg, phase, data, run, device):
     return model, optimizer, scaler, streams, at
 
 
-def _select(cfg, phase, data, run, model, epoch, at):
+def _select(cfg, phase, data, run, model, epoch, at, nets):
     """In the selection window: evaluate on the test set and save a strictly better model as best.pt."""
     if not phase.select or epoch < selection_starts(phase.epochs):
         return ""
-    began, rule = time.perf_counter(), "pgd" if METHODS[phase.method].objective else "clean"
-    threat = dict(eps=cfg.eps / 255, seed=cfg.seed, amp=cfg.amp, attacks=("clean", "pgd"))
-    scored = with_evaluation_head(model, phase.counts)
+    rule, scored = (
+        "pgd" if METHODS[phase.method].objective else "clean",
+        with_evaluation_head(model, phase.counts),
+    )
+    nets = tuple(net.refresh() for net in nets) if scored is model else None
+    threat = dict(eps=cfg.eps / 255, seed=cfg.seed, amp=cfg.amp, nets=nets)
     result = evaluate(scored, data.test_images, data.test_labels, tail=data.tail, **threat)
-    at["selection"] = at.get("selection", 0.0) + time.perf_counter() - began
     better = at["best"] is None or result[rule] > at["best"]["score"]
     if better:
         at["best"] = {"epoch": epoch, "score": result[rule]}
@@ -2112,11 +2214,12 @@ def autoattack(
 # ==========================================================================================================
 
 ATTACKS = ("clean", "pgd", "aa")
+EVAL_BATCH = 500
 
 
 def evaluate(
     model, images_u8, labels, *, tail=(), attacks=("clean", "pgd"), eps=8 / 255, step_size=2 / 255, steps=20,
-    seed=0, batch_size=500, amp="off", log=None, state=None,
+    seed=0, batch_size=EVAL_BATCH, amp="off", log=None, state=None, nets=None,
 ) -> dict:  # fmt: skip
     """Accuracy on test images in percent: overall, per class, on the tail classes.
 
@@ -2131,9 +2234,13 @@ def evaluate(
     if images_u8.dtype != torch.uint8 or images_u8.ndim != 4 or not 0 < len(images_u8) == len(labels):
         shape = f"{images_u8.dtype} {list(images_u8.shape)}, {len(labels)} labels"
         raise ValueError(f"images must be uint8 [N,3,H,W] with N > 0 labels, got {shape}")
-    own = isinstance(model, Net)
-    exact = FrozenCopy(model) if own else model
-    fast = FrozenCopy(model, AMP_DTYPE[amp]) if own and amp != "off" else exact
+    if nets is None:
+        exact = FrozenCopy(model) if isinstance(model, Net) else model
+        nets = (
+            FrozenCopy(model, AMP_DTYPE[amp]) if isinstance(model, Net) and amp != "off" else exact,
+            exact,
+        )
+    fast, exact = nets
     correct = {name: torch.zeros(len(labels), dtype=torch.bool, device=labels.device) for name in attacks}
     adversarial = torch.empty(0)
     if "aa" in attacks:
@@ -2278,11 +2385,7 @@ class Run:
             self._log = open(self.path / "log.txt", "a", encoding="utf-8")  # closed with the process
         except OSError as error:
             raise UserError(f"cannot write to {self.path} ({error.strerror}): try another --out") from error
-        gpu = cfg.device.startswith("cuda") and torch.cuda.get_device_name(cfg.device)
-        versions = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
-        versions["triton"] = triton.__version__ if HAS_TRITON else None
-        self.environment = {"device": gpu or f"cpu, {torch.get_num_threads()} threads", **versions}
-        self.environment |= {"python": platform.python_version(), "system": platform.platform()}
+        self.environment = environment(cfg)
         self.log(f"run {self.path}")
         self.log("argv " + " ".join(map(str, argv)), quiet=True)
         self.log(", ".join(f"{k} {v}" for k, v in self.environment.items()))
@@ -2366,6 +2469,19 @@ class Run:
             torch.cuda.synchronize(self.cfg.device)
 
 
+def environment(cfg):
+    """What the figures of a run depend on: device and versions."""
+    name = f"cpu, {torch.get_num_threads()} threads"
+    with contextlib.suppress(OSError, StopIteration):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().split("\n")
+        name += ", " + next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    if cfg.device.startswith("cuda"):
+        name = f"{torch.cuda.get_device_name(cfg.device)}, CUDA {torch.version.cuda}"
+    versions = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
+    versions["triton"] = triton.__version__ if HAS_TRITON else None
+    return {"device": name, **versions, "python": platform.python_version(), "system": platform.platform()}
+
+
 def identity(cfg):
     """The settings that make a run what it is: another value needs another folder."""
     return {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["identity"]}
@@ -2410,6 +2526,237 @@ def table(runs) -> str:
         f"{epochs} epochs, chosen on the test set as the paper's baselines do; last: the last epoch."
     )
     return "\n".join(lines)
+
+
+# ==========================================================================================================
+# 13  Bench
+# ==========================================================================================================
+# Plain is what a researcher writes after AT-BSL's script: eager, eval mode, autograd.grad at x, float32 NCHW,
+# PyTorch's defaults. Rounds of all variants alternate and the first is dropped, so that a drifting machine
+# slows all alike; every number is a median.
+
+
+def timed(variants, rounds, device):
+    """{name: function} -> {name: median seconds a call}, in `rounds` alternating rounds after a warm-up."""
+    seconds = {name: [] for name in variants}
+    for _ in range(rounds + 1):
+        for name, function in variants.items():
+            began = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds[name].append(time.perf_counter() - began)
+    return {name: float(np.median(values[1:])) for name, values in seconds.items()}
+
+
+def plain_attack(model, x, y, eps, step_size, steps):
+    """AT-BSL's inner loop as it is usually written."""
+    model.eval()
+    x_adv = x + 0.001 * torch.randn_like(x)
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        loss = F.cross_entropy(model(x_adv), y)
+        (grad,) = torch.autograd.grad(loss, [x_adv])
+        x_adv = x_adv.detach() + step_size * grad.sign()
+        x_adv = torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
+    return x_adv
+
+
+def plain_step(model, teacher, optimizer, x, y, counts, threat):
+    """One training step of the paper's method around plain_attack, eager and in float32."""
+    x_adv = plain_attack(model, x, y, **threat)
+    minus = 2 * x - x_adv
+    model.train()
+    plus_logits, minus_logits = model(x_adv), model(minus)
+    with torch.no_grad():
+        teacher_plus, teacher_minus = teacher(x_adv), teacher(minus)
+    loss = balanced_softmax_loss(plus_logits, y, counts)
+    loss = loss + 40 * igdm_loss(plus_logits, minus_logits, teacher_plus, teacher_minus)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def fast_step(cfg, model, student, frozen, teacher, optimizer, x, y, counts, threat):
+    """The same step as `train` does it."""
+    x_adv = pgd_attack(frozen.refresh(), x, y, init="gauss", **threat)
+    model.train()
+    with torch.autocast(x.device.type, AMP_DTYPE[cfg.amp], enabled=cfg.amp != "off"):
+        loss, _ = _ltsd(Batch(student, x, x_adv, y, counts, cfg, 40.0, teacher))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def bench_core(cfg, device, batch, steps, rounds, levers):
+    """(attack rows, training-step rows) at one batch size on ResNet-18 with 100 classes, levers added in
+    turn."""
+    torch.manual_seed(0)
+    plain, plain_teacher = (
+        build_model("resnet18", 100).to(device, memory_format=torch.contiguous_format) for _ in "ab"
+    )
+    ours = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    x, y = torch.rand(batch, 3, 32, 32, device=device), torch.arange(batch, device=device) % 100
+    x_cl, counts = (
+        x.contiguous(memory_format=torch.channels_last),
+        torch.tensor(long_tail_counts(500, 100, 10)),
+    )
+    threat, dtype = dict(eps=8 / 255, step_size=2 / 255, steps=steps), AMP_DTYPE[cfg.amp]
+    frozen, low = copy.deepcopy(plain).requires_grad_(False), FrozenCopy(ours, dtype)
+    variants = {"plain": lambda: plain_attack(plain, x, y, **threat)}
+    attack = functools.partial(pgd_attack, y=y, init="gauss", **threat)
+    if levers:
+        folded, folded_cl = FrozenCopy(plain), FrozenCopy(ours)
+        variants["no weight gradients"] = lambda: plain_attack(frozen, x, y, **threat)
+        variants["+ folded norms, fused step"] = lambda: attack(folded, x)
+        variants["+ channels_last"] = lambda: attack(folded_cl, x_cl)
+    if cfg.amp != "off":
+        variants[f"+ {cfg.amp}"] = lambda: attack(low, x_cl)
+    student, fast, optimizers = ours, low, [torch.optim.SGD(m.parameters(), 0.01, 0.9) for m in (plain, ours)]
+    if cfg.compile == "on":
+        student, graphs = torch.compile(ours, dynamic=False), FrozenCopy(ours, dtype).speed_up(batch)
+        if device.type == "cuda":
+            compiled = FrozenCopy(ours, dtype).speed_up(batch)
+            compiled.capture = None
+            variants["+ torch.compile"] = lambda: attack(compiled, x_cl)
+        variants["+ CUDA graph" if device.type == "cuda" else "+ torch.compile"] = lambda: attack(
+            graphs, x_cl
+        )
+        fast = graphs
+    attacks = timed(variants, rounds, device)
+    fastest = min(attacks, key=attacks.get)
+    fast = low if fastest == f"+ {cfg.amp}" else fast
+    teacher = torch.no_grad()(FrozenCopy(plain_teacher.to(memory_format=torch.channels_last), dtype))
+    counts = counts.to(device)
+    whole = {
+        "plain": lambda: plain_step(plain, plain_teacher.eval(), optimizers[0], x, y, counts, threat),
+        "all levers": lambda: fast_step(
+            cfg, ours, student, fast, teacher, optimizers[1], x_cl, y, counts, threat
+        ),
+    }
+    train = timed(whole, rounds, device)
+    return [
+        [
+            dict(batch=batch, lever=k, images_per_s=batch / t, ratio=table["plain"] / t)
+            for k, t in table.items()
+        ]
+        for table in (attacks, train)
+    ]
+
+
+def _again(function, times):
+    for _ in range(times):
+        function()
+
+
+def bench_kernel(device):
+    """Rows of the step kernel on CUDA against plain operations, torch.compile and a device-to-device copy."""
+    rows = []
+    for images in (32, 128, (1 << 30) // (4 * 3072)):
+        x = torch.rand(images, 3, 32, 32, device=device)
+        grad, x_adv, low = torch.randn_like(x).bfloat16(), x.clone(), x.bfloat16()
+
+        def plain(a, g, x):
+            moved = pgd_step_reference(a, g, x, 2 / 255, 8 / 255)
+            return moved, moved.bfloat16()
+
+        variants = {
+            "kernel": functools.partial(pgd_step, x_adv, grad, x, 2 / 255, 8 / 255, low),
+            "plain": functools.partial(plain, x_adv, grad, x),
+            "torch.compile": functools.partial(torch.compile(plain), x_adv, grad, x),
+            "copy": functools.partial(x_adv.copy_, x),
+        }
+        repeat = 200 if images < 1000 else 10
+        calls = {name: functools.partial(_again, function, repeat) for name, function in variants.items()}
+        for name, seconds in timed(calls, 5, device).items():
+            # a step reads 4+2+4 bytes a value and writes 4+2, a copy moves 4+4
+            traffic = (8 if name == "copy" else 16) * x.numel()
+            us = 1e6 * seconds / repeat
+            rows.append(dict(images=images, what=name, us=us, gb_per_s=traffic / us / 1e3))
+    return rows
+
+
+def bench_rest(device):
+    """AutoAttack's iterations against the plain loop's; augmentation against per-image transforms on PIL."""
+    torch.manual_seed(0)
+    model = build_model("resnet8", 10).to(device)
+    images = make_synthetic(test_per_class=1).train_images[:1000]
+    x, batch = to_float(images[:128].to(device)), images.to(device)
+    y = FrozenCopy(model)(x).argmax(
+        1
+    )  # right by definition, and eps 0 keeps it so: all points use all iterations
+    variants = {
+        "plain": lambda: plain_attack(model, x, y, 0.0, 2 / 255, 101),
+        "autoattack": lambda: autoattack(model, x, y, eps=0.0, attacks=("apgd-ce",)),
+    }
+    seconds = timed(variants, 2, device)
+    apgd = dict(images_per_s=len(x) / seconds["autoattack"], ratio=seconds["plain"] / seconds["autoattack"])
+    pictures, rows = [TF.to_pil_image(image) for image in images], {}
+    first = {"none": [], "ra": [v2.RandAugment(2, 8)], "aua": [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)]}
+    for policy, ops in first.items():
+        after = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+        ours = functools.partial(augment, batch, policy, torch.Generator())
+        theirs = functools.partial(lambda f: [f(picture) for picture in pictures], v2.Compose([*ops, *after]))
+        seconds = timed({"ours": ours, "theirs": theirs}, 3, device)
+        ratio = seconds["theirs"] / seconds["ours"]
+        rows[policy] = dict(images_per_s=len(images) / seconds["ours"], ratio=ratio)
+    return apgd, rows
+
+
+def stage_bench(cfg):
+    """Measure the core against plain PyTorch on this machine; print the tables and write bench.json."""
+    device = torch.device(cfg.device)
+    on_cuda, began = device.type == "cuda", time.perf_counter()
+    tune_process(cfg)
+    folder = pathlib.Path(cfg.out or "runs/bench")
+    folder.mkdir(parents=True, exist_ok=True)
+    compiled = replace(cfg, compile=best_compile("on" if on_cuda else cfg.compile, device))
+    header = dict(environment(cfg), amp=cfg.amp, compile=compiled.compile, attack_steps=10 if on_cuda else 2)
+    print(", ".join(f"{k} {v}" for k, v in header.items()), flush=True)
+    result = {"header": header, "attack": [], "train_step": [], "kernel": []}
+    for batch, levers, rounds in ((32, True, 5 if on_cuda else 3), (128, on_cuda, 5 if on_cuda else 2)):
+        rows = bench_core(compiled, device, batch, header["attack_steps"], rounds, levers)
+        for name, part in zip(("attack", "train_step"), rows, strict=True):
+            result[name] += part
+            for row in part:
+                text = f"{name:<12}batch {batch:<4} {row['lever']:<28} {row['images_per_s']:10.1f} images/s"
+                print(f"{text} {row['ratio']:7.2f} x plain", flush=True)
+    if on_cuda:
+        result["kernel"] = bench_kernel(device)
+        for row in result["kernel"]:
+            print(
+                "kernel      {images} images  {what:<14} {us:9.1f} us {gb_per_s:8.0f} GB/s".format(**row),
+                flush=True,
+            )
+    result["autoattack"], result["augment"] = bench_rest(device)
+    print(
+        f"autoattack  APGD iterations {result['autoattack']['ratio']:.2f} x a plain PGD loop's, resnet8",
+        flush=True,
+    )
+    for policy, row in result["augment"].items():
+        print(
+            f"augment     {policy:<5} {row['images_per_s']:.0f} images/s, {row['ratio']:.1f} x v2 on PIL",
+            flush=True,
+        )
+    if on_cuda:
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        import resource  # not on Windows
+
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    a, b = (torch.randn(2048, 2048, device=device, dtype=AMP_DTYPE[cfg.amp]) for _ in "ab")
+    rate = 2 * 2048**3 / timed({"matmul": lambda: a @ b}, 5, device)["matmul"]
+    fastest = max(row["images_per_s"] for row in result["attack"])
+    flop = (
+        4 * 556e6 * header["attack_steps"]
+    )  # a step: forward and input gradient, 0.556 G multiply-adds each
+    result |= dict(peak_mib=peak / 2**20, flop_per_image=flop, matmul_share=fastest * flop / rate)
+    result["seconds"] = time.perf_counter() - began
+    write_atomic(folder / "bench.json", json.dumps(result, indent=1) + "\n")
+    share = f"{100 * result['matmul_share']:.0f} % of this machine's {cfg.amp} matmul rate"
+    print(
+        f"peak {result['peak_mib']:.0f} MiB, {share}, {hms(result['seconds'])}; see {folder / 'bench.json'}"
+    )
 
 
 # ==========================================================================================================
@@ -2537,7 +2884,10 @@ def stage_eval(cfg, run, data):
             options = dict(settings, attacks=missing, log=run.log, state=state)
             counts = teacher_phase(cfg, data).counts if name == "teacher" else data.counts
             model = model if name.endswith("as trained") else with_evaluation_head(model, counts)
-            entry |= evaluate(model.to(cfg.device), data.test_images, data.test_labels, **options)
+            nets = FrozenCopy(model.to(cfg.device), AMP_DTYPE[cfg.amp]), FrozenCopy(model.to(cfg.device))
+            if cfg.compile == "on":
+                nets = tuple(net.speed_up(EVAL_BATCH) for net in nets)
+            entry |= evaluate(model, data.test_images, data.test_labels, nets=nets, **options)
         key, new = evaluation_key(cfg), {**there, name: entry}
         if key != "checkpoints":
             key, new = "evaluations", {**run.results().get("evaluations", {}), key: new}
@@ -2579,11 +2929,27 @@ def work_ahead(cfg, run, data):
     return plan
 
 
+def tune_process(cfg):
+    """Process-wide settings of a run. On CPUs with glibc, let malloc keep what it has: a network's
+    activations are otherwise given back to the kernel and faulted in again, page by page, in every single
+    step."""
+    torch.backends.cudnn.benchmark = not cfg.deterministic
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if cfg.device == "cpu" and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: no mapping of its own below a GiB
+            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: give nothing back
+
+
 def run_one(cfg, argv):
     """All that one scalar, resolved Config asks for; returns (cfg, results) where there is a table."""
     run = Run(cfg, argv)
     if cfg.stage == "report":
         return stage_report(cfg, run)
+    tune_process(cfg)
     data = load_data(cfg)
     run.fingerprint = data.fingerprint()
     data = data.to(cfg.device)
@@ -2604,6 +2970,9 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         configs = [resolve(one) for one in expand(parse_args(argv))]
+        if configs[0].stage == "bench":
+            stage_bench(configs[0])
+            return 0
         if len(configs) > 1 and configs[0].out:
             configs = [replace(one, out=str(pathlib.Path(one.out, run_name(one)))) for one in configs]
         done = [run_one(one, argv) for one in configs]

@@ -979,6 +979,142 @@ def test_fp16_attack_keeps_the_sign_of_tiny_gradients():
     assert torch.equal(fast, exact) and (fast != x).float().mean() > 0.9
 
 
+class Double:
+    """Stands in for CUDA graphs on the CPU: replays by calling again, but on the captured buffers only."""
+
+    def __init__(self):
+        self.captures, self.replays, self.refill = 0, 0, True
+
+    def __call__(self, fn, buffers):
+        self.captures += 1
+        result = fn(*buffers).clone()
+
+        def replay():
+            self.replays += 1
+            result.copy_(fn(*buffers))
+
+        return replay, result
+
+
+@pytest.mark.parametrize("with_aux", [False, True])
+def test_graph_runner_captures_once_and_refills_every_buffer(with_aux):
+    """Two batches through captured attacks equal eager ones; a last, smaller batch needs no capture."""
+    model, double = randomise_norms(ltsd.build_model("resnet8", 10)), Double()
+    eager, graphed = ltsd.FrozenCopy(model), ltsd.FrozenCopy(model)
+    graphed.capture = double
+    threat = dict(eps=8 / 255, step_size=2 / 255, steps=3, init="uniform")
+    for n, y0 in ((8, 0), (8, 3), (8, 5), (5, 1)):
+        x, y = channels_last(n, 3, 32, 32), (torch.arange(n) + y0) % 10
+        if with_aux:
+            threat |= dict(objective=ltsd.kl_objective, aux=F.log_softmax(eager(x).detach(), 1))
+        one, two = (
+            ltsd.pgd_attack(net, x, y, generator=torch.Generator().manual_seed(n), **threat)
+            for net in (eager, graphed)
+        )
+        assert torch.equal(one, two)
+    assert (double.captures, double.replays) == (1, 3)
+    # the graph reads weights that are refreshed in place
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.7)
+    eager.refresh(), graphed.refresh()
+    x, y = channels_last(8, 3, 32, 32), torch.arange(8)
+    if with_aux:
+        threat |= dict(aux=F.log_softmax(eager(x).detach(), 1))
+    one, two = (
+        ltsd.pgd_attack(net, x, y, generator=torch.Generator().manual_seed(1), **threat)
+        for net in (eager, graphed)
+    )
+    assert torch.equal(one, two) and double.captures == 1
+
+
+def test_a_stale_buffer_would_be_noticed(monkeypatch):
+    """The test above can fail: without the refill the second batch gets the first one's answer."""
+    runner = ltsd.GraphRunner(lambda t, u: t + u, Double())
+    assert runner(torch.ones(2), torch.ones(2)).tolist() == [2, 2]
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda targets, sources: None)
+    assert runner(torch.zeros(2), torch.ones(2)).tolist() == [2, 2]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """(network, images, labels): PGD-AT on the synthetic set, long enough to mean something."""
+    out = tmp_path_factory.mktemp("trained") / "a"
+    args = "--data synthetic --ir 1 --train-limit 800 --epochs 5 --steps 5 --method pgd-at --stage distill"
+    assert ltsd.main([*args.split(), "--out", str(out)]) == 0
+    model = ltsd.build_model("resnet8", 10)
+    ltsd.load_weights(model, out / "last.pt")
+    data = ltsd.make_synthetic()
+    return model.eval(), ltsd.to_float(data.test_images), data.test_labels
+
+
+@pytest.mark.parametrize("method", [m for m, row in ltsd.METHODS.items() if row.objective])
+def test_the_fast_attack_is_as_strong_as_the_plain_one(trained, method):
+    """For every row's objective: the folded low-precision copy reaches the plain float32 loss within 1 %."""
+    model, x, y = trained
+    row, reached, robust = ltsd.METHODS[method], {}, {}
+    plain = nn.Sequential(model)  # a foreign module: unfolded, float32
+    fast = ltsd.FrozenCopy(model, torch.bfloat16 if row.low_precision else torch.float32)
+    for name, net in (("plain", plain), ("fast", fast)):
+        aux = row.aux(net, x, torch.full((10,), 50.0), torch.arange(10, 20.0))
+        attack = dict(
+            objective=row.objective, init=row.init, generator=torch.Generator().manual_seed(0), aux=aux
+        )
+        x_adv = ltsd.pgd_attack(net, x, y, eps=8 / 255, step_size=2 / 255, steps=10, **attack)
+        with torch.no_grad():
+            exact = row.aux(plain, x, torch.full((10,), 50.0), torch.arange(10, 20.0))
+            reached[name] = float(row.objective(model(x_adv), y, exact))
+            robust[name] = 100 * float((model(x_adv).argmax(1) == y).float().mean())
+    with torch.no_grad():
+        clean = 100 * float((model(x).argmax(1) == y).float().mean())
+    assert robust["plain"] < clean - 5 and clean > 30  # the attack has something to do
+    assert reached["fast"] >= 0.99 * reached["plain"]
+    assert abs(robust["fast"] - robust["plain"]) <= 0.81  # two of 250 images
+
+
+def test_compiled_training_saves_plain_names(tmp_path, capsys):
+    if ltsd.best_compile("on", torch.device("cpu")) != "on":
+        pytest.skip("no compiler on this machine")
+    args = [
+        *TINY,
+        "--compile",
+        "on",
+        "--amp",
+        "off",
+        "--epochs",
+        "1",
+        "--teacher-epochs",
+        "1",
+        "--steps",
+        "1",
+    ]
+    assert ltsd.main([*args, "--out", str(tmp_path / "a")]) == 0
+    saved = torch.load(tmp_path / "a" / "state.pt", weights_only=True)
+    assert not any("_orig_mod" in k for k in saved["model"])
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["identity"]["compile"] == "on"
+    plain = [*args, "--compile", "off", "--out", str(tmp_path / "b")]
+    assert ltsd.main(plain) == 0
+    one, two = (torch.load(tmp_path / d / "last.pt", weights_only=True)["state_dict"] for d in "ab")
+    for k, v in one.items():
+        assert torch.allclose(v.float(), two[k].float(), rtol=0.02, atol=0.02), k
+    assert ltsd.main([*args, "--compile", "off", "--out", str(tmp_path / "a")]) == 2
+    assert "compile on there, off here" in capsys.readouterr().err
+
+
+def test_without_a_compiler_auto_goes_on_and_on_says_what_is_missing(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    ltsd.best_compile.cache_clear()
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match="torch.compile does not work here"):
+        assert ltsd.best_compile("auto", torch.device("meta")) == "off"
+    assert ltsd.best_compile("auto", torch.device("cpu")) == "off"
+    with pytest.raises(ltsd.UserError, match="install a C\\+\\+ compiler"):
+        ltsd.best_compile("on", torch.device("cpu"))
+    ltsd.best_compile.cache_clear()
+
+
 # 7  Methods ------------------------------------------------------------------------------
 
 
@@ -1538,7 +1674,7 @@ def task(count, classes, seed):
     return (prototypes[y] + 0.25 * torch.randn(count, 3, 12, 12, generator=g)).clamp(0, 1), y
 
 
-def trained(classes):
+def small_net(classes):
     """A 5,122-parameter net (10 classes) after 150 PGD-AT steps."""
     generator = torch.random.get_rng_state()
     torch.manual_seed(0)
@@ -1568,7 +1704,7 @@ def trained(classes):
 
 @pytest.fixture(scope="module")
 def net():
-    return trained(10)
+    return small_net(10)
 
 
 def accuracy(net, x, y):
@@ -1904,7 +2040,7 @@ def test_empty_one_all_wrong_all_robust(net):
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_few_classes(classes):
-    net, (x, y), lines = trained(classes), task(32, classes, 3), []
+    net, (x, y), lines = small_net(classes), task(32, classes, 3), []
     for name in ltsd.AUTOATTACK:
         got = ltsd.autoattack(
             net, x, y, eps=0.2, attacks=(name,), log=lines.append, iterations=20, queries=100
@@ -1998,6 +2134,41 @@ def test_table_sets_the_papers_numbers_below_ours():
     ).split("\n")
     assert lines[1].split() == ["best", "(epoch", "99)", "50.00", "20.00", "30.00", "10.00"]
     assert lines[2].split() == ["paper", "45.38", "18.04", "33.10", "12.40"]
+
+
+# 13  Bench -------------------------------------------------------------------------------
+
+
+def test_bench_writes_its_schema(tmp_path, monkeypatch, capsys):
+    """The real code on a small network and one round: what is timed, not how fast, is checked here."""
+    real = ltsd.build_model
+    monkeypatch.setattr(
+        ltsd, "build_model", lambda arch, classes, head="linear": real("resnet8", classes, head)
+    )
+    monkeypatch.setattr(
+        ltsd, "timed", lambda variants, rounds, device: {k: (f(), 0.5)[1] for k, f in variants.items()}
+    )
+    assert ltsd.main(["--stage", "bench", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert {
+        "header",
+        "attack",
+        "train_step",
+        "kernel",
+        "autoattack",
+        "augment",
+        "peak_mib",
+        "matmul_share",
+    } <= set(result)
+    for rows in (result["attack"], result["train_step"]):
+        assert rows[0]["lever"] == "plain" and rows[0]["ratio"] == 1
+        assert all({"batch", "lever", "images_per_s", "ratio"} <= set(row) for row in rows)
+    assert {row["batch"] for row in result["attack"]} == {32, 128} and set(result["augment"]) == {
+        "none",
+        "ra",
+        "aua",
+    }
+    assert "x plain" in capsys.readouterr().out
 
 
 # 14  Main --------------------------------------------------------------------------------
