@@ -254,9 +254,7 @@ def validate(cfg) -> None:
     except ValueError:
         shares = [0.0]
     if not all(0 < share <= 1 for share in shares) or shares != sorted(shares):
-        raise UserError(
-            f"--milestones {cfg.milestones!r}: want rising shares of the epochs, such as 0.75,0.9"
-        )
+        raise UserError(f"--milestones {cfg.milestones!r}: want rising shares of the epochs, as in 0.75,0.9")
     if cfg.image_size and cfg.data != "folder":
         raise UserError(f"--image-size {cfg.image_size}: only --data folder can be resized; leave it out")
     if cfg.checkpoint and cfg.stage != "eval":
@@ -270,18 +268,12 @@ def resolve(cfg) -> Config:
     if cfg.official and cfg.data not in row.official_data:
         known = ", ".join(row.official_data) or "no data set"
         raise UserError(f"--official: {cfg.method} has published settings for {known}, not for {cfg.data}")
-    filled = {
-        **COMMON,
-        "image_size": size,
-        "eval_eps": cfg.eps,
-        **defaults,
-        **(row.official if cfg.official else {}),
-    }
+    published = row.official if cfg.official else {}
+    filled = {**COMMON, "image_size": size, "eval_eps": cfg.eps, **defaults, **published}
     cfg = replace(cfg, **{k: v for k, v in filled.items() if getattr(cfg, k) is None})
     full = cfg.teacher_data == "full"  # Figure 5's other teachers see all data, for as long as a student
-    filled = dict(
-        teacher_epochs=cfg.epochs if full else 30, teacher_batch_size=cfg.batch_size if full else 32
-    )
+    epochs, batch_size = (cfg.epochs, cfg.batch_size) if full else (30, 32)
+    filled = dict(teacher_epochs=epochs, teacher_batch_size=batch_size)
     cfg = replace(cfg, **{k: v for k, v in filled.items() if getattr(cfg, k) is None})
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -891,9 +883,7 @@ def build_model(arch, num_classes, head="linear") -> nn.Module:
     wrap the call in torch.random.fork_rng. ValueError for an unknown name.
     """
     if arch not in ARCHS or head not in ("linear", "cosine") or num_classes < 2:
-        raise ValueError(
-            f"no {arch!r} with {head!r} head and {num_classes} classes; arch: {', '.join(ARCHS)}"
-        )
+        raise ValueError(f"no {arch!r} with {head!r} head, {num_classes} classes; arch: {', '.join(ARCHS)}")
     *body, name = ARCHS[arch]
     offset = 1 / 32 if num_classes <= 10 else 1 / 16  # RoBal-R's two settings
     make = nn.Linear if head == "linear" else lambda width, classes: CosineHead(width, classes, offset)
@@ -1615,10 +1605,8 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
         for group in optimizer.param_groups:
             group["lr"] = lr
         order = phase.indices[torch.randperm(len(phase.indices), generator=streams["order"])].to(device)
-        images, labels = (
-            augment(data.train_images[order], cfg.aug, streams["order"]),
-            data.train_labels[order],
-        )
+        images = augment(data.train_images[order], cfg.aug, streams["order"])
+        labels = data.train_labels[order]
         for i in range(steps):
             part = slice(i * phase.batch_size, (i + 1) * phase.batch_size)
             x, y = to_float(images[part]), labels[part]
@@ -1642,9 +1630,8 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
             run.estimate(phase, i, len(x))
         mean_loss, accuracy = watch.read()
         predicted = watch.predicted
-        at |= dict(
-            epoch=epoch, seconds=at["seconds"] + time.perf_counter() - watch.began, predicted=predicted.cpu()
-        )
+        at["seconds"] += time.perf_counter() - watch.began
+        at |= dict(epoch=epoch, predicted=predicted.cpu())
         line = f"{phase.name} {epoch:>4}/{phase.epochs:<4} lr {lr:<7.2g} loss {mean_loss:8.4f}"
         line += f"  train {accuracy:6.2f}  {at['seconds'] / epoch:7.1f} s/epoch"
         line += _select(cfg, phase, data, run, model, epoch, at, (frozen, exact))
@@ -1661,20 +1648,14 @@ def _start(cfg, phase, data, run, device):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(cfg.seed, phase.name, "weights"))
         model = build_model(cfg.arch, len(data.classes), METHODS[phase.method].head).to(device)
-    options = dict(
-        lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=device.type == "cuda"
-    )
-    optimizer = torch.optim.SGD(model.parameters(), **options)
+    options = dict(momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+    optimizer = torch.optim.SGD(model.parameters(), cfg.lr, **options)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     streams = {"order": torch.Generator(), "noise": torch.Generator(device)}
     for name, generator in streams.items():
         generator.manual_seed(derive_seed(cfg.seed, phase.name, name))
-    at = {
-        "epoch": 0,
-        "best": None,
-        "seconds": 0.0,
-        "predicted": torch.tensor(phase.counts, dtype=torch.float64),
-    }
+    counts = torch.tensor(phase.counts, dtype=torch.float64)
+    at = {"epoch": 0, "best": None, "seconds": 0.0, "predicted": counts}
     state = run.load_state(phase.name)
     if state:
         model.load_state_dict(state["model"])
@@ -1691,10 +1672,8 @@ def _select(cfg, phase, data, run, model, epoch, at, nets):
     """In the selection window: evaluate on the test set and save a strictly better model as best.pt."""
     if not phase.select or epoch < selection_starts(phase.epochs):
         return ""
-    rule, scored = (
-        "pgd" if METHODS[phase.method].objective else "clean",
-        with_evaluation_head(model, phase.counts),
-    )
+    rule = "pgd" if METHODS[phase.method].objective else "clean"
+    scored = with_evaluation_head(model, phase.counts)
     nets = tuple(net.refresh() for net in nets) if scored is model else None
     threat = dict(eps=cfg.eps / 255, seed=cfg.seed, amp=cfg.amp, nets=nets)
     result = evaluate(scored, data.test_images, data.test_labels, tail=data.tail, **threat)
@@ -1769,9 +1748,8 @@ def hash64(z):
 
 def random_bits(key, count):
     """int64 [N] keys -> int64 [N, count] independent words."""
-    counter = (
-        torch.arange(1, count + 1, device=key.device) * -0x61C8864680B583EB
-    )  # splitmix64's odd increment
+    odd = -0x61C8864680B583EB  # splitmix64's increment
+    counter = torch.arange(1, count + 1, device=key.device) * odd
     return hash64(hash64(key)[:, None] + counter)
 
 
@@ -2166,12 +2144,8 @@ def autoattack(
     needs 4. ValueError for bad input, RuntimeError when the final audit fails.
     """
     check_images(x, y, FLOATS)
-    if (
-        not 0 <= eps <= 1
-        or batch_size < 1
-        or sorted(attacks) != sorted(set(attacks) & set(AUTOATTACK))
-        or not attacks
-    ):
+    known = bool(attacks) and sorted(attacks) == sorted(set(attacks) & set(AUTOATTACK))
+    if not 0 <= eps <= 1 or batch_size < 1 or not known:
         given = f"eps {eps}, batch_size {batch_size}, attacks {attacks}"
         raise ValueError(f"{given}: want eps in [0,1], batch_size >= 1, each attack one of {AUTOATTACK}")
     if index is not None and (index.shape != y.shape or index.dtype != torch.int64):
@@ -2201,10 +2175,8 @@ def autoattack(
             log(f"{name:9s} points {int(robust.sum())}  robust {share:.2f} %  {found['seconds']:.1f} s")
         late = len(state["square"]["rows"]) if "square" in attacks[1:] else 0
         if late > max(1, 0.002 * len(x)):
-            text = (
-                f"autoattack: Square fooled {late} points that the gradient attacks missed: suspect gradient "
-            )
-            warnings.warn(text + "masking and add an attack made for this defence", stacklevel=2)
+            text = f"autoattack: Square fooled {late} points that the gradient attacks missed: suspect "
+            warnings.warn(text + "gradient masking; add an attack made for this defence", stacklevel=2)
         log(_audit(nets[1], points, x_adv, eps))
     return x_adv
 
@@ -2236,10 +2208,8 @@ def evaluate(
         raise ValueError(f"images must be uint8 [N,3,H,W] with N > 0 labels, got {shape}")
     if nets is None:
         exact = FrozenCopy(model) if isinstance(model, Net) else model
-        nets = (
-            FrozenCopy(model, AMP_DTYPE[amp]) if isinstance(model, Net) and amp != "off" else exact,
-            exact,
-        )
+        low = isinstance(model, Net) and amp != "off"
+        nets = (FrozenCopy(model, AMP_DTYPE[amp]) if low else exact, exact)
     fast, exact = nets
     correct = {name: torch.zeros(len(labels), dtype=torch.bool, device=labels.device) for name in attacks}
     adversarial = torch.empty(0)
@@ -2403,10 +2373,8 @@ class Run:
                 raise UserError(f"{path} is damaged: restore it, or start afresh with --overwrite") from None
             odd = [f"{k} {theirs.get(k)} there, {mine[k]} here" for k in mine if theirs.get(k) != mine[k]]
             if odd:
-                remedy = "choose another --out, or start afresh with --overwrite"
-                raise UserError(
-                    f"{self.path} holds a run of another configuration ({', '.join(odd)}): {remedy}"
-                )
+                said = f"another configuration ({', '.join(odd)})"
+                raise UserError(f"{self.path} holds a run of {said}: choose another --out, or --overwrite it")
         write_atomic(path, json.dumps({"identity": mine, "config": asdict(self.cfg)}, indent=1) + "\n")
 
     def log(self, line, quiet=False):
@@ -2499,13 +2467,8 @@ def run_name(cfg):
 def table(runs) -> str:
     """Runs [(Config, results)] as text in the paper's layout: a line per checkpoint, the paper's numbers
     below it."""
-    found = {
-        c
-        for _, results in runs
-        for m in results["checkpoints"].values()
-        for c in COLUMNS
-        if m.get(c) is not None
-    }
+    rows = [m for _, results in runs for m in results["checkpoints"].values()]
+    found = {c for m in rows for c in COLUMNS if m.get(c) is not None}
     shown, lines = [c for c in COLUMNS if c in found], []
 
     def line(label, cells):
@@ -2522,9 +2485,7 @@ def table(runs) -> str:
                     line(label, ["-" if row.get(c) is None else f"{row[c]:.2f}" for c in shown])
     tail, epochs = len(runs[0][1]["data"]["tail_classes"]), math.ceil(runs[0][0].epochs / 4)
     lines.append(f"T-: the {tail} rarest of the classes. best: highest PGD-20 (natural: clean) of the last")
-    lines.append(
-        f"{epochs} epochs, chosen on the test set as the paper's baselines do; last: the last epoch."
-    )
+    lines.append(f"{epochs} epochs, chosen on the test set as its baselines do; last: the last epoch.")
     return "\n".join(lines)
 
 
@@ -2592,15 +2553,12 @@ def bench_core(cfg, device, batch, steps, rounds, levers):
     """(attack rows, training-step rows) at one batch size on ResNet-18 with 100 classes, levers added in
     turn."""
     torch.manual_seed(0)
-    plain, plain_teacher = (
-        build_model("resnet18", 100).to(device, memory_format=torch.contiguous_format) for _ in "ab"
-    )
+    contiguous = dict(device=device, memory_format=torch.contiguous_format)
+    plain, plain_teacher = (build_model("resnet18", 100).to(**contiguous) for _ in "ab")
     ours = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     x, y = torch.rand(batch, 3, 32, 32, device=device), torch.arange(batch, device=device) % 100
-    x_cl, counts = (
-        x.contiguous(memory_format=torch.channels_last),
-        torch.tensor(long_tail_counts(500, 100, 10)),
-    )
+    x_cl = x.contiguous(memory_format=torch.channels_last)
+    counts = torch.tensor(long_tail_counts(500, 100, 10), device=device)
     threat, dtype = dict(eps=8 / 255, step_size=2 / 255, steps=steps), AMP_DTYPE[cfg.amp]
     frozen, low = copy.deepcopy(plain).requires_grad_(False), FrozenCopy(ours, dtype)
     variants = {"plain": lambda: plain_attack(plain, x, y, **threat)}
@@ -2619,29 +2577,27 @@ def bench_core(cfg, device, batch, steps, rounds, levers):
             compiled = FrozenCopy(ours, dtype).speed_up(batch)
             compiled.capture = None
             variants["+ torch.compile"] = lambda: attack(compiled, x_cl)
-        variants["+ CUDA graph" if device.type == "cuda" else "+ torch.compile"] = lambda: attack(
-            graphs, x_cl
-        )
+        name = "+ CUDA graph" if device.type == "cuda" else "+ torch.compile"
+        variants[name] = lambda: attack(graphs, x_cl)
         fast = graphs
     attacks = timed(variants, rounds, device)
     fastest = min(attacks, key=attacks.get)
     fast = low if fastest == f"+ {cfg.amp}" else fast
     teacher = torch.no_grad()(FrozenCopy(plain_teacher.to(memory_format=torch.channels_last), dtype))
-    counts = counts.to(device)
+    rest = (y, counts, threat)
     whole = {
-        "plain": lambda: plain_step(plain, plain_teacher.eval(), optimizers[0], x, y, counts, threat),
-        "all levers": lambda: fast_step(
-            cfg, ours, student, fast, teacher, optimizers[1], x_cl, y, counts, threat
-        ),
+        "plain": lambda: plain_step(plain, plain_teacher.eval(), optimizers[0], x, *rest),
+        "all levers": lambda: fast_step(cfg, ours, student, fast, teacher, optimizers[1], x_cl, *rest),
     }
     train = timed(whole, rounds, device)
-    return [
-        [
-            dict(batch=batch, lever=k, images_per_s=batch / t, ratio=table["plain"] / t)
-            for k, t in table.items()
+
+    def rows(table):
+        rates = {name: batch / seconds for name, seconds in table.items()}
+        return [
+            dict(batch=batch, lever=k, images_per_s=v, ratio=v / rates["plain"]) for k, v in rates.items()
         ]
-        for table in (attacks, train)
-    ]
+
+    return rows(attacks), rows(train)
 
 
 def _again(function, times):
@@ -2682,9 +2638,8 @@ def bench_rest(device):
     model = build_model("resnet8", 10).to(device)
     images = make_synthetic(test_per_class=1).train_images[:1000]
     x, batch = to_float(images[:128].to(device)), images.to(device)
-    y = FrozenCopy(model)(x).argmax(
-        1
-    )  # right by definition, and eps 0 keeps it so: all points use all iterations
+    # right by definition, and eps 0 keeps it so: all points use all iterations
+    y = FrozenCopy(model)(x).argmax(1)
     variants = {
         "plain": lambda: plain_attack(model, x, y, 0.0, 2 / 255, 101),
         "autoattack": lambda: autoattack(model, x, y, eps=0.0, attacks=("apgd-ce",)),
@@ -2706,13 +2661,13 @@ def bench_rest(device):
 def stage_bench(cfg):
     """Measure the core against plain PyTorch on this machine; print the tables and write bench.json."""
     device = torch.device(cfg.device)
-    on_cuda, began = device.type == "cuda", time.perf_counter()
+    on_cuda, began, say = device.type == "cuda", time.perf_counter(), functools.partial(print, flush=True)
     tune_process(cfg)
     folder = pathlib.Path(cfg.out or "runs/bench")
     folder.mkdir(parents=True, exist_ok=True)
     compiled = replace(cfg, compile=best_compile("on" if on_cuda else cfg.compile, device))
     header = dict(environment(cfg), amp=cfg.amp, compile=compiled.compile, attack_steps=10 if on_cuda else 2)
-    print(", ".join(f"{k} {v}" for k, v in header.items()), flush=True)
+    say(", ".join(f"{k} {v}" for k, v in header.items()))
     result = {"header": header, "attack": [], "train_step": [], "kernel": []}
     for batch, levers, rounds in ((32, True, 5 if on_cuda else 3), (128, on_cuda, 5 if on_cuda else 2)):
         rows = bench_core(compiled, device, batch, header["attack_steps"], rounds, levers)
@@ -2720,24 +2675,15 @@ def stage_bench(cfg):
             result[name] += part
             for row in part:
                 text = f"{name:<12}batch {batch:<4} {row['lever']:<28} {row['images_per_s']:10.1f} images/s"
-                print(f"{text} {row['ratio']:7.2f} x plain", flush=True)
+                say(f"{text} {row['ratio']:7.2f} x plain")
     if on_cuda:
         result["kernel"] = bench_kernel(device)
         for row in result["kernel"]:
-            print(
-                "kernel      {images} images  {what:<14} {us:9.1f} us {gb_per_s:8.0f} GB/s".format(**row),
-                flush=True,
-            )
+            say("kernel      {images} images  {what:<14} {us:9.1f} us {gb_per_s:8.0f} GB/s".format(**row))
     result["autoattack"], result["augment"] = bench_rest(device)
-    print(
-        f"autoattack  APGD iterations {result['autoattack']['ratio']:.2f} x a plain PGD loop's, resnet8",
-        flush=True,
-    )
+    say(f"autoattack  APGD iterations {result['autoattack']['ratio']:.2f} x a plain PGD loop's, resnet8")
     for policy, row in result["augment"].items():
-        print(
-            f"augment     {policy:<5} {row['images_per_s']:.0f} images/s, {row['ratio']:.1f} x v2 on PIL",
-            flush=True,
-        )
+        say(f"augment     {policy:<5} {row['images_per_s']:.0f} images/s, {row['ratio']:.1f} x v2 on PIL")
     if on_cuda:
         peak = torch.cuda.max_memory_allocated(device)
     else:
@@ -2747,16 +2693,14 @@ def stage_bench(cfg):
     a, b = (torch.randn(2048, 2048, device=device, dtype=AMP_DTYPE[cfg.amp]) for _ in "ab")
     rate = 2 * 2048**3 / timed({"matmul": lambda: a @ b}, 5, device)["matmul"]
     fastest = max(row["images_per_s"] for row in result["attack"])
-    flop = (
-        4 * 556e6 * header["attack_steps"]
-    )  # a step: forward and input gradient, 0.556 G multiply-adds each
+    # a step: forward and input gradient, 0.556 G multiply-adds each
+    flop = 4 * 556e6 * header["attack_steps"]
     result |= dict(peak_mib=peak / 2**20, flop_per_image=flop, matmul_share=fastest * flop / rate)
     result["seconds"] = time.perf_counter() - began
     write_atomic(folder / "bench.json", json.dumps(result, indent=1) + "\n")
     share = f"{100 * result['matmul_share']:.0f} % of this machine's {cfg.amp} matmul rate"
-    print(
-        f"peak {result['peak_mib']:.0f} MiB, {share}, {hms(result['seconds'])}; see {folder / 'bench.json'}"
-    )
+    path = folder / "bench.json"
+    say(f"peak {result['peak_mib']:.0f} MiB, {share}, {hms(result['seconds'])}; see {path}")
 
 
 # ==========================================================================================================
