@@ -77,13 +77,24 @@ def derive_seed(seed, *words):
 
 @contextlib.contextmanager
 def ieee_float32():
-    """Switch TF32 off inside: a verdict must not depend on a ten-bit mantissa."""
-    conv, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    """Inside, no TF32: a verdict must not depend on a ten-bit mantissa. No cuDNN autotuning either, which
+    AutoAttack's ever changing batch sizes would set off again and again."""
+    cuda, cudnn, keep = torch.backends.cuda.matmul, torch.backends.cudnn, []
     try:
+        keep = [(cudnn, "allow_tf32", cudnn.allow_tf32), (cuda, "allow_tf32", cuda.allow_tf32)]
+        strict = False
+    except RuntimeError:  # the importing program uses PyTorch's newer switches, which do not mix with these
+        keep = [(t, "fp32_precision", t.fp32_precision) for t in (cudnn.conv, cuda)]
+        strict = "ieee"
+    try:
+        for switch, name, _ in keep:
+            setattr(switch, name, strict)
+        keep.append((cudnn, "benchmark", cudnn.benchmark))
+        cudnn.benchmark = False
         yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = conv, matmul
+        for switch, name, value in keep:
+            setattr(switch, name, value)
 
 
 # ==========================================================================================================
@@ -1060,7 +1071,10 @@ class FrozenCopy(nn.Module):
         targets += [a.scale for a, _ in self.affine] + [a.shift for a, _ in self.affine]
         targets += [own for own, _ in self.plain]
         rest = [s.view(-1, 1, 1) for s in scale[k:] + shift[k:]] + [source for _, source in self.plain]
-        torch._foreach_copy_(targets, weights + list(shift[:k]) + rest)
+        sources = weights + list(shift[:k]) + rest
+        for kind in {t.dtype for t in targets}:  # a mixed list would lose the fused path
+            pairs = [(t, v) for t, v in zip(targets, sources, strict=True) if t.dtype == kind]
+            torch._foreach_copy_([t for t, _ in pairs], [v for _, v in pairs])
         return self
 
     def train(self, mode=True):
@@ -1076,6 +1090,8 @@ class FrozenCopy(nn.Module):
 
     def runner(self, *settings):
         """The GraphRunner of the attack with these settings (see _ascend)."""
+        if self.capture is None:
+            return functools.partial(_ascend, self, *settings)
         if settings not in self.runners:
             self.runners[settings] = GraphRunner(functools.partial(_ascend, self, *settings), self.capture)
         return self.runners[settings]
@@ -1089,15 +1105,16 @@ class FrozenCopy(nn.Module):
 
 def capture_cuda_graph(fn, inputs):
     """Warm fn up and capture fn(*inputs) as a CUDA graph -> (what replays it, its result)."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            fn(*inputs)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = fn(*inputs)
+    device = inputs[0].device if inputs else torch.cuda.current_device()
+    with torch.cuda.device(device):
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                fn(*inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            result = fn(*inputs)
     return graph.replay, result
 
 
@@ -1143,6 +1160,8 @@ def eval_mode(model):
 
 def check_images(x, y, dtypes=(torch.float32,)):
     """Raise ValueError unless x is NCHW in [0,1] of one of `dtypes` and y int64 [N] on the same device."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("an attack needs gradients: call it outside torch.inference_mode()")
     if not torch.is_tensor(x) or x.ndim != 4 or x.dtype not in dtypes:
         said = f"{x.dtype} {list(x.shape)}" if torch.is_tensor(x) else type(x)
         raise ValueError(f"x must be {dtypes[0]} NCHW, got {said}")
@@ -1172,6 +1191,7 @@ def pgd_attack(
     if isinstance(model, FrozenCopy):  # the training loop's way in: nothing to check, nothing to protect
         return _pgd(model, x, y, eps, step_size, steps, init, objective, aux, generator)
     check_images(x, y)
+    x = torch.empty_like(x).copy_(x)  # a view with gaps becomes a dense tensor
     with eval_mode(FrozenCopy(model) if isinstance(model, Net) else model) as forward:
         return _pgd(forward, x, y, eps, step_size, steps, init, objective, aux, generator)
 
@@ -1305,7 +1325,8 @@ def reat_tail_loss(features, y, counts, variant="official") -> torch.Tensor:
     counts = torch.as_tensor(counts, dtype=features.dtype, device=features.device)
     log_p, u = F.log_softmax(features, 1), (counts.sum() / counts).sqrt()[y]
     target, is_tail = log_p.detach(), (y > 2 * (len(counts) // 3)).to(features.dtype)
-    divergence = (target.exp() * target).sum(1)[:, None] - target.exp() @ log_p.T  # [i,j] = KL(i || j)
+    with torch.autocast(features.device.type, enabled=False):  # a bf16 product would drown the difference
+        divergence = (target.exp() * target).sum(1)[:, None] - target.exp() @ log_p.T  # [i,j] = KL(i || j)
     sign = 1 - 2 * (y[:, None] == y[None]).to(features.dtype)
     weighted = sign * (u[:, None] + u[None])
     if variant == "official":
@@ -1620,7 +1641,8 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
                 with torch.autocast(device.type, dtype, enabled=cfg.amp != "off"):
                     return row.loss(batch)
 
-            with awp_perturbation(model, lambda: outer()[0], row.awp):
+            # only the gradient's direction counts, and fp16 needs it larger
+            with awp_perturbation(model, lambda: outer()[0] * (128 if cfg.amp == "fp16" else 1), row.awp):
                 loss, logits = outer()
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
@@ -1640,6 +1662,7 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
         run.save_state(dict(at, phase=phase.name, generators=generators, indices=phase.indices, **saved))
         run.log(line)  # a row in the log is an epoch on the disk
     run.set_seconds(phase.name, at["seconds"])
+    frozen.runners.clear()  # they point back at their network: let go of the graphs' memory now
     return model
 
 
@@ -1648,7 +1671,10 @@ def _start(cfg, phase, data, run, device):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(cfg.seed, phase.name, "weights"))
         model = build_model(cfg.arch, len(data.classes), METHODS[phase.method].head).to(device)
-    options = dict(momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+    fused = (
+        device.type == "cuda" and cfg.amp != "fp16"
+    )  # a skipped fp16 step would leave fused momentum unset
+    options = dict(momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=fused)
     optimizer = torch.optim.SGD(model.parameters(), cfg.lr, **options)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     streams = {"order": torch.Generator(), "noise": torch.Generator(device)}
@@ -1661,8 +1687,13 @@ def _start(cfg, phase, data, run, device):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        for name, generator in streams.items():
-            generator.set_state(state["generators"][name])
+        try:
+            for name, generator in streams.items():
+                generator.set_state(state["generators"][name])
+        except RuntimeError:
+            raise UserError(
+                f"{run.path} was begun on another kind of device: go on there, or --overwrite it"
+            ) from None
         phase.indices, at = state["indices"], {k: state[k] for k in at}
         run.log(f"{phase.name}: going on after epoch {at['epoch']} of {phase.epochs}")
     return model, optimizer, scaler, streams, at
@@ -1996,7 +2027,7 @@ def run_lanes(attack, rows, make_lane, batch_size, progress):
             jobs += [(row, rank, tick) for row, rank in fresh]
         left, tick = left - len(jobs), tick + 1
         scored, claims, used_up = attack.advance(lane)
-        flags = (claims + 2 * used_up.int()).cpu().numpy()  # the one wait for the device in an iteration
+        flags = (claims + 2 * used_up.int()).cpu().numpy()  # waits for the device
         fooled = (flags & 1) > 0 if attack.ascend is attack.exact else confirm(attack, lane, scored, flags)
         ended = fooled | (flags >= 2)
         if fooled.any():
@@ -2119,7 +2150,8 @@ def _audit(net, points, x_adv, eps):
         "changed although they were not fooled": robust & (moved != 0),
     }
     for fault, rows in faults.items():
-        if rows.any():
+        # another batch size rounds differently: a flip in 500 is nobody's fault, and the re-scoring decides
+        if rows.sum() > (max(1, 0.002 * len(x)) if fault.startswith("get another") else 0):
             raise RuntimeError(f"autoattack's audit: {int(rows.sum())} of {len(x)} returned images {fault}")
     span = f"range [{x_adv.min():g}, {x_adv.max():g}]  NaN {int(x_adv.isnan().sum())}"
     share = 100 * again.double().mean()
@@ -2206,6 +2238,8 @@ def evaluate(
     if images_u8.dtype != torch.uint8 or images_u8.ndim != 4 or not 0 < len(images_u8) == len(labels):
         shape = f"{images_u8.dtype} {list(images_u8.shape)}, {len(labels)} labels"
         raise ValueError(f"images must be uint8 [N,3,H,W] with N > 0 labels, got {shape}")
+    if isinstance(attacks, str) or not set(attacks) <= set(ATTACKS):
+        raise ValueError(f"attacks {attacks!r}: want a sequence from {ATTACKS}")
     if nets is None:
         exact = FrozenCopy(model) if isinstance(model, Net) else model
         low = isinstance(model, Net) and amp != "off"
@@ -2570,7 +2604,9 @@ def bench_core(cfg, device, batch, steps, rounds, levers):
         variants["+ channels_last"] = lambda: attack(folded_cl, x_cl)
     if cfg.amp != "off":
         variants[f"+ {cfg.amp}"] = lambda: attack(low, x_cl)
-    student, fast, optimizers = ours, low, [torch.optim.SGD(m.parameters(), 0.01, 0.9) for m in (plain, ours)]
+    student, fast, fused = ours, low, device.type == "cuda"
+    optimizers = [torch.optim.SGD(plain.parameters(), 0.01, 0.9)]
+    optimizers.append(torch.optim.SGD(ours.parameters(), 0.01, 0.9, fused=fused))
     if cfg.compile == "on":
         student, graphs = torch.compile(ours, dynamic=False), FrozenCopy(ours, dtype).speed_up(batch)
         if device.type == "cuda":
@@ -2583,7 +2619,9 @@ def bench_core(cfg, device, batch, steps, rounds, levers):
     attacks = timed(variants, rounds, device)
     fastest = min(attacks, key=attacks.get)
     fast = low if fastest == f"+ {cfg.amp}" else fast
-    teacher = torch.no_grad()(FrozenCopy(plain_teacher.to(memory_format=torch.channels_last), dtype))
+    teacher = torch.no_grad()(
+        FrozenCopy(copy.deepcopy(plain_teacher).to(memory_format=torch.channels_last), dtype)
+    )
     rest = (y, counts, threat)
     whole = {
         "plain": lambda: plain_step(plain, plain_teacher.eval(), optimizers[0], x, *rest),
@@ -2608,7 +2646,8 @@ def _again(function, times):
 def bench_kernel(device):
     """Rows of the step kernel on CUDA against plain operations, torch.compile and a device-to-device copy."""
     rows = []
-    for images in (32, 128, (1 << 30) // (4 * 3072)):
+    largest = min(1 << 30, torch.cuda.mem_get_info(device)[0] // 14)
+    for images in (32, 128, largest // (4 * 3072)):
         x = torch.rand(images, 3, 32, 32, device=device)
         grad, x_adv, low = torch.randn_like(x).bfloat16(), x.clone(), x.bfloat16()
 
@@ -2619,12 +2658,15 @@ def bench_kernel(device):
         variants = {
             "kernel": functools.partial(pgd_step, x_adv, grad, x, 2 / 255, 8 / 255, low),
             "plain": functools.partial(plain, x_adv, grad, x),
-            "torch.compile": functools.partial(torch.compile(plain), x_adv, grad, x),
+            "torch.compile": functools.partial(torch.compile(plain, dynamic=False), x_adv, grad, x),
             "copy": functools.partial(x_adv.copy_, x),
         }
         repeat = 200 if images < 1000 else 10
         calls = {name: functools.partial(_again, function, repeat) for name, function in variants.items()}
-        for name, seconds in timed(calls, 5, device).items():
+        graphs = {
+            name: capture_cuda_graph(call, [])[0] for name, call in calls.items()
+        }  # as the attack has it
+        for name, seconds in timed(graphs, 5, device).items():
             # a step reads 4+2+4 bytes a value and writes 4+2, a copy moves 4+4
             traffic = (8 if name == "copy" else 16) * x.numel()
             us = 1e6 * seconds / repeat
@@ -2665,18 +2707,23 @@ def stage_bench(cfg):
     tune_process(cfg)
     folder = pathlib.Path(cfg.out or "runs/bench")
     folder.mkdir(parents=True, exist_ok=True)
-    compiled = replace(cfg, compile=best_compile("on" if on_cuda else cfg.compile, device))
-    header = dict(environment(cfg), amp=cfg.amp, compile=compiled.compile, attack_steps=10 if on_cuda else 2)
+    header = dict(environment(cfg), amp=cfg.amp, compile=cfg.compile, attack_steps=10 if on_cuda else 2)
     say(", ".join(f"{k} {v}" for k, v in header.items()))
     result = {"header": header, "attack": [], "train_step": [], "kernel": []}
     for batch, levers, rounds in ((32, True, 5 if on_cuda else 3), (128, on_cuda, 5 if on_cuda else 2)):
-        rows = bench_core(compiled, device, batch, header["attack_steps"], rounds, levers)
+        rows = bench_core(cfg, device, batch, header["attack_steps"], rounds, levers)
         for name, part in zip(("attack", "train_step"), rows, strict=True):
             result[name] += part
             for row in part:
                 text = f"{name:<12}batch {batch:<4} {row['lever']:<28} {row['images_per_s']:10.1f} images/s"
                 say(f"{text} {row['ratio']:7.2f} x plain")
     if on_cuda:
+        peak = torch.cuda.max_memory_allocated(device)
+        speed = {row["batch"]: row["images_per_s"] for row in result["train_step"] if row["lever"] != "plain"}
+        result["projected_minutes"] = (30 * 25000 / speed[32] + 100 * 19573 / speed[128]) / 60
+        say(
+            f"projected   {result['projected_minutes']:.1f} min of training, CIFAR-100 IR 10, 30 + 100 epochs"
+        )
         result["kernel"] = bench_kernel(device)
         for row in result["kernel"]:
             say("kernel      {images} images  {what:<14} {us:9.1f} us {gb_per_s:8.0f} GB/s".format(**row))
@@ -2684,9 +2731,7 @@ def stage_bench(cfg):
     say(f"autoattack  APGD iterations {result['autoattack']['ratio']:.2f} x a plain PGD loop's, resnet8")
     for policy, row in result["augment"].items():
         say(f"augment     {policy:<5} {row['images_per_s']:.0f} images/s, {row['ratio']:.1f} x v2 on PIL")
-    if on_cuda:
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
+    if not on_cuda:
         import resource  # not on Windows
 
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -2750,7 +2795,10 @@ def load_teacher(cfg, run, data):
     model = build_model(cfg.arch, len(data.classes), METHODS[cfg.teacher_method].head)
     load_weights(model, run.path / "teacher.pt")
     model = with_evaluation_head(model, teacher_phase(cfg, data).counts)
-    return torch.no_grad()(FrozenCopy(model.to(cfg.device), AMP_DTYPE[cfg.amp]))
+    frozen = FrozenCopy(model.to(cfg.device), AMP_DTYPE[cfg.amp])
+    if cfg.compile == "on":
+        frozen.speed_up(cfg.batch_size * (1 if cfg.kd == "kl" else 2))
+    return torch.no_grad()(frozen)
 
 
 def stage_distill(cfg, run, data):
@@ -2832,6 +2880,7 @@ def stage_eval(cfg, run, data):
             if cfg.compile == "on":
                 nets = tuple(net.speed_up(EVAL_BATCH) for net in nets)
             entry |= evaluate(model, data.test_images, data.test_labels, nets=nets, **options)
+            nets[0].runners.clear()
         key, new = evaluation_key(cfg), {**there, name: entry}
         if key != "checkpoints":
             key, new = "evaluations", {**run.results().get("evaluations", {}), key: new}
@@ -2869,7 +2918,8 @@ def work_ahead(cfg, run, data):
                 epochs = phase.epochs + 1 - max(first + 1, selection_starts(phase.epochs))
                 plan.append(("selection", epochs * tests * (3 * 20 + 2)))
     if "eval" in wanted:
-        plan.append(("evaluation", (2 + needs_teacher) * tests * (3 * cfg.eval_steps + 2)))
+        name = "evaluation without AutoAttack" if "aa" in cfg.attacks.split(",") else "evaluation"
+        plan.append((name, (2 + needs_teacher) * tests * (3 * cfg.eval_steps + 2)))
     return plan
 
 
@@ -2878,6 +2928,13 @@ def tune_process(cfg):
     activations are otherwise given back to the kernel and faulted in again, page by page, in every single
     step."""
     torch.backends.cudnn.benchmark = not cfg.deterministic
+    if (
+        cfg.compile == "on"
+    ):  # all networks share one forward; PyTorch's default keeps 8 versions of a function
+        torch.compiler.reset()
+        torch._dynamo.config.recompile_limit = 64
+    if cfg.device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(cfg.device).index or 0)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

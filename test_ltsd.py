@@ -953,6 +953,18 @@ def test_attack_refuses_odd_input(change):
         ltsd.pgd_attack(Linear(), args.pop("x"), args.pop("y"), **args)
 
 
+def test_attack_takes_views_and_refuses_inference_mode():
+    x, y = torch.rand(3, 1, 8, 8), torch.zeros(3).long()
+    view = x[:, :, 2:6, 2:6]
+    threat = dict(eps=0.1, step_size=0.05, steps=2, init="none")
+    model = Linear()
+    assert torch.equal(
+        ltsd.pgd_attack(model, view, y, **threat), ltsd.pgd_attack(model, view.contiguous(), y, **threat)
+    )
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        ltsd.pgd_attack(model, torch.rand(3, 1, 4, 4), y, **threat)
+
+
 def test_attack_of_zero_radius_and_of_no_images():
     x, y = torch.rand(4, 1, 4, 4), torch.zeros(4).long()
     assert torch.equal(ltsd.pgd_attack(Linear(), x, y, eps=0, step_size=0.1, steps=3), x)
@@ -1344,6 +1356,21 @@ def test_losses_pass_gradcheck(name):
     assert torch.autograd.gradcheck(
         lambda *ts: LOSSES[name](**{**kw, **dict(zip(first, ts, strict=False))}), inputs
     )
+
+
+def test_reat_tail_is_float32_under_autocast():
+    features, y = torch.rand(8, 64), torch.tensor([0, 1, 2, 3, 3, 3, 3, 1])
+    want = ltsd.reat_tail_loss(features, y, [9, 5, 2, 1])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ltsd.reat_tail_loss(features, y, [9, 5, 2, 1]), want)
+
+
+def test_verdicts_switch_tf32_off_and_back_on():
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [s.allow_tf32 for s in switches]
+    with ltsd.ieee_float32():
+        assert [s.allow_tf32 for s in switches] == [False, False]
+    assert [s.allow_tf32 for s in switches] == before
 
 
 def test_degenerate_losses_are_cross_entropy():
@@ -1861,7 +1888,7 @@ def test_lanes_are_refilled(batch_size):
 
 def test_result_does_not_depend_on_the_batch_size(net):
     x, y = task(40, 10, 3)
-    x, double = x.double(), trained(10).double()
+    x, double = x.double(), small_net(10).double()
     for names in (("apgd-ce",), ("apgd-t",), ("fab-t",), ("square",), ltsd.AUTOATTACK):
         results = [
             ltsd.autoattack(
@@ -1889,7 +1916,7 @@ def test_low_precision_ascent_is_confirmed(net):
     """A steering net that lies: its claims alone must not count, its best points are checked at the end."""
     x, y = task(40, 10, 3)
     plain = ltsd.autoattack(net, x, y, attacks=("apgd-ce", "apgd-t"), **QUICK)
-    coarse = trained(10).eval().bfloat16()
+    coarse = small_net(10).eval().bfloat16()
     nets = (lambda z: coarse(z.bfloat16()).float(), net)
     low = ltsd.autoattack(net, x, y, attacks=("apgd-ce", "apgd-t"), nets=nets, **QUICK)
     assert abs(accuracy(net, low, y) - accuracy(net, plain, y)) <= 5.1
@@ -2098,8 +2125,9 @@ def test_evaluate_counts_by_class_tail_and_balance():
     assert got["clean"] == 62.5 and got["class_clean"] == [100, 0, 0] and got["tail_clean"] == 0
     assert abs(got["balanced_clean"] - 100 / 3) < 1e-9
     assert ltsd.evaluate(Constant(), images[:1], labels[:1], tail=[2])["tail_pgd"] is None
-    with pytest.raises(ValueError):
-        ltsd.evaluate(Constant(), images[:0], labels[:0])
+    for bad in (dict(images_u8=images[:0], labels=labels[:0]), dict(attacks="pgd"), dict(attacks=("PGD",))):
+        with pytest.raises(ValueError):
+            ltsd.evaluate(Constant(), **(dict(images_u8=images, labels=labels) | bad))
 
 
 def test_evaluate_leaves_the_model_and_global_randomness_alone():
