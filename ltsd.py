@@ -2050,7 +2050,7 @@ class Points:
     def __init__(self, net, x, y, batch_size, index, gradients):
         self.x, self.y, self.batch_size = x, y, batch_size
         self.index = torch.arange(len(x)) if index is None else index.cpu()
-        self.logits = logits = _in_batches(net, x, batch_size)
+        logits = _in_batches(net, x, batch_size)
         shape, self.classes = list(logits.shape), logits.shape[-1]
         if shape != [len(y), self.classes] or self.classes < 2 or logits.dtype not in FLOATS:
             raise ValueError(f"logits are {logits.dtype} {shape}: want float32 [{len(y)}, 2 or more classes]")
@@ -2869,18 +2869,19 @@ def stage_eval(cfg, run, data):
         entry = there.get(name, {})
         entry = entry if entry.get("crc32") == digest else {"epoch": epoch, "crc32": digest}
         missing = [a for a in ATTACKS if a in cfg.attacks.split(",") and a not in entry]
-        if missing:
-            key = f"{digest} {run.fingerprint} {len(data.test_labels)} {cfg.amp}"
-            state = SavedState(run.path / "aa.pt", key)
-            run.log(f"evaluating {name}: {', '.join(missing)}")
-            options = dict(settings, attacks=missing, log=run.log, state=state)
-            counts = teacher_phase(cfg, data).counts if name == "teacher" else data.counts
-            model = model if name.endswith("as trained") else with_evaluation_head(model, counts)
-            nets = FrozenCopy(model.to(cfg.device), AMP_DTYPE[cfg.amp]), FrozenCopy(model.to(cfg.device))
-            if cfg.compile == "on":
-                nets = tuple(net.speed_up(EVAL_BATCH) for net in nets)
-            entry |= evaluate(model, data.test_images, data.test_labels, nets=nets, **options)
-            nets[0].runners.clear()
+        if not missing:
+            continue  # and leave aa.pt to the checkpoint it belongs to
+        key = f"{name} {digest} {run.fingerprint} {len(data.test_labels)} {cfg.amp}"
+        state = SavedState(run.path / "aa.pt", key)
+        run.log(f"evaluating {name}: {', '.join(missing)}")
+        options = dict(settings, attacks=missing, log=run.log, state=state)
+        counts = teacher_phase(cfg, data).counts if name == "teacher" else data.counts
+        model = model if name.endswith("as trained") else with_evaluation_head(model, counts)
+        nets = FrozenCopy(model.to(cfg.device), AMP_DTYPE[cfg.amp]), FrozenCopy(model.to(cfg.device))
+        if cfg.compile == "on":
+            nets = tuple(net.speed_up(EVAL_BATCH) for net in nets)
+        entry |= evaluate(model, data.test_images, data.test_labels, nets=nets, **options)
+        nets[0].runners.clear()
         key, new = evaluation_key(cfg), {**there, name: entry}
         if key != "checkpoints":
             key, new = "evaluations", {**run.results().get("evaluations", {}), key: new}
