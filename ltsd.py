@@ -77,8 +77,8 @@ def derive_seed(seed, *words):
 
 @contextlib.contextmanager
 def ieee_float32():
-    """Inside, no TF32: a verdict must not depend on a ten-bit mantissa. No cuDNN autotuning either, which
-    AutoAttack's ever changing batch sizes would set off again and again."""
+    """Inside, no TF32: a verdict must not depend on a ten-bit mantissa. No cuDNN autotuning either, which AutoAttack's
+    ever changing batch sizes would set off again and again."""
     cuda, cudnn, keep = torch.backends.cuda.matmul, torch.backends.cudnn, []
     try:
         keep = [(cudnn, "allow_tf32", cudnn.allow_tf32), (cuda, "allow_tf32", cuda.allow_tf32)]
@@ -110,8 +110,7 @@ def _flag(default, help, *, low=None, high=None, choices=None, many=False, ident
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run, one field per flag; None stands for the data set's or the method's own
-    default."""
+    """Every setting of a run, one field per flag; None stands for the data set's or the method's own default."""
 
     # fmt: off
     data: str = _flag("cifar100", "data set",
@@ -352,11 +351,10 @@ class Data:
 
 
 def long_tail_counts(n_max, num_classes, ir) -> list:
-    """Images per class of the exponential profile: int(n_max * ir**(-c/(C-1))), class 0 the head, C-1 the
-    tail.
+    """Images per class of the exponential profile: int(n_max * ir**(-c/(C-1))), class 0 the head, C-1 the tail.
 
-    n_max, num_classes: int >= 1; ir: imbalance ratio n_max/n_min >= 1 (1 keeps all). Truncated, not rounded,
-    as in the LDAM generator that RoBal, REAT and AT-BSL share. ValueError where a class would be empty.
+    n_max, num_classes: int >= 1; ir: imbalance ratio n_max/n_min >= 1 (1 keeps all). Truncated, not rounded, as in the
+    LDAM generator that RoBal, REAT and AT-BSL share. ValueError where a class would be empty.
     """
     if not ir >= 1 or n_max < 1 or num_classes < 1:
         raise ValueError(f"imbalance ratio {ir}, n_max {n_max}, {num_classes} classes: all must be >= 1")
@@ -369,9 +367,9 @@ def long_tail_counts(n_max, num_classes, ir) -> list:
 def long_tail_indices(labels, counts) -> np.ndarray:
     """Positions of the long-tailed subset, class by class: the very images that RoBal, REAT and AT-BSL use.
 
-    labels: int array [N]; counts: images wanted per class. NumPy's legacy generator, seeded 0, shuffles each
-    class's ascending positions in turn; the first n_c stay. Returns int64 [sum(counts)] and touches no global
-    generator. ValueError where a class has too few images.
+    labels: int array [N]; counts: images wanted per class. NumPy's legacy generator, seeded 0, shuffles each class's
+    ascending positions in turn; the first n_c stay. Returns int64 [sum(counts)] and touches no global generator.
+    ValueError where a class has too few images.
     """
     labels, rng, chosen = np.asarray(labels), np.random.RandomState(0), []
     for c, wanted in enumerate(counts):
@@ -384,12 +382,12 @@ def long_tail_indices(labels, counts) -> np.ndarray:
 
 
 def balanced_indices(labels, per_class, seed) -> np.ndarray:
-    """Draw the paper's D_B (section 4.2): exactly per_class positions of every class, each position floor or
-    ceil times equally often.
+    """Draw the paper's D_B (section 4.2): exactly per_class positions of every class, each position floor or ceil times
+    equally often.
 
-    labels: int array [N] with classes 0..C-1; per_class: int >= 1. Large classes are thinned without
-    replacement; small ones repeated whole, the remainder drawn without replacement. Returns int64
-    [C*per_class]. ValueError for per_class < 1 or an empty class.
+    labels: int array [N] with classes 0..C-1; per_class: int >= 1. Large classes are thinned without replacement; small
+    ones repeated whole, the remainder drawn without replacement. Returns int64 [C*per_class]. ValueError for per_class
+    < 1 or an empty class.
     """
     labels, rng, chosen = np.asarray(labels), np.random.default_rng(seed), [np.empty(0, np.int64)]
     if per_class < 1:
@@ -496,13 +494,12 @@ def _crop_and_flip(x, top, left, flip):
 def augment(images_u8, policy, generator) -> torch.Tensor:
     """Augment a whole epoch at once: the policy, then a zero-pad-4 random crop, then a flip with p = 0.5.
 
-    images_u8: uint8 [N,3,H,W], any device, not changed. policy: "none", "ra" (RandAugment, two ops at
-    magnitude 8) or "aua" (AutoAugment's CIFAR-10 policy). generator: a CPU torch.Generator, the only source
-    of randomness; all draws are made first and on the CPU, so they do not depend on the device. Returns a new
-    uint8 [N,3,H,W] on the same device. Every image has the distribution of torchvision v2's RandAugment or
-    AutoAugment (nearest, black fill), RandomCrop(padding=4) and RandomHorizontalFlip on a tensor. Order and
-    settings as in AT-BSL (datasets.py@23f433e). ValueError: unknown policy, other dtype or shape, a generator
-    that is not on the CPU."""
+    images_u8: uint8 [N,3,H,W], any device, not changed. policy: "none", "ra" (RandAugment, two ops at magnitude 8) or
+    "aua" (AutoAugment's CIFAR-10 policy). generator: a CPU torch.Generator, the only source of randomness; all draws
+    are made first and on the CPU, so they do not depend on the device. Returns a new uint8 [N,3,H,W] on the same
+    device. Every image has the distribution of torchvision v2's RandAugment or AutoAugment (nearest, black fill),
+    RandomCrop(padding=4) and RandomHorizontalFlip on a tensor. Order and settings as in AT-BSL (datasets.py@23f433e).
+    ValueError: unknown policy, other dtype or shape, a generator that is not on the CPU."""
     if policy not in ("none", "ra", "aua"):
         raise ValueError(f"policy is {policy!r}; choose none, ra or aua")
     shape, device = list(images_u8.shape), images_u8.device
@@ -527,8 +524,7 @@ def augment(images_u8, policy, generator) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _fetching(path, md5):
-    """Around a download to `path`: refuse a damaged file that is there, tell in one line what cannot be
-    had."""
+    """Around a download to `path`: refuse a damaged file that is there, tell in one line what cannot be had."""
     if md5 and path.exists() and calculate_md5(path) != md5:
         raise UserError(f"{path} does not have the published md5 {md5}: delete it and fetch it again")
     try:
@@ -540,8 +536,7 @@ def _fetching(path, md5):
 
 
 def load_cifar(name, data_dir, verify=True) -> Data:
-    """CIFAR-10 or -100 as published (python pickles), fetched into data_dir when absent; verify: check
-    md5s."""
+    """CIFAR-10 or -100 as published (python pickles), fetched into data_dir when absent; verify: check md5s."""
     cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     if not verify:
         strip = {key: [[file, None] for file, _ in getattr(cls, key)] for key in ("train_list", "test_list")}
@@ -591,10 +586,9 @@ def _decode_tiny(path):
 def load_folder(data_dir, size) -> Data:
     """Images of data_dir/train/CLASS/ and data_dir/test/CLASS/ (or val/), in any format PIL reads.
 
-    Shorter side to `size`, then a centre crop. Classes are ordered by training count, most frequent first,
-    ties by name. Decoded tensors are cached beside the data, or in the user's cache folder where that is
-    read-only; the cache is dropped when a file is added, removed or changed. UserError for a layout that
-    cannot be trained.
+    Shorter side to `size`, then a centre crop. Classes are ordered by training count, most frequent first, ties by
+    name. Decoded tensors are cached beside the data, or in the user's cache folder where that is read-only; the cache
+    is dropped when a file is added, removed or changed. UserError for a layout that cannot be trained.
     """
     root = pathlib.Path(data_dir)
     folders = [root / "train", root / "test" if (root / "test").is_dir() else root / "val"]
@@ -674,9 +668,9 @@ def _cached(folder, name, state, build):
 def make_synthetic(train_per_class=240, test_per_class=25, classes=10, size=32) -> Data:
     """Images made on the spot that behave like photographs under attack, the same on every machine.
 
-    Each class has a coarse grating of its own wavelength and orientation, strong enough to survive eps 8/255
-    but overlaid by those of other classes, and a fine one so faint that an attack can wipe it out, yet enough
-    for a naturally trained network to decide by. Phases are random, so that a crop changes nothing.
+    Each class has a coarse grating of its own wavelength and orientation, strong enough to survive eps 8/255 but
+    overlaid by those of other classes, and a fine one so faint that an attack can wipe it out, yet enough for a
+    naturally trained network to decide by. Phases are random, so that a crop changes nothing.
     """
     rng = np.random.default_rng(2025)
     yy, xx = np.mgrid[0:size, 0:size].astype(np.float32)
@@ -810,8 +804,7 @@ class WideBlock(PreActBlock):
 
 
 class CosineHead(nn.Module):
-    """RoBal's classifier: scale * <f/|f|, w_c/(|w_c| + offset)> - prior_c, scale 1 and prior 0 while
-    training."""
+    """RoBal's classifier: scale * <f/|f|, w_c/(|w_c| + offset)> - prior_c, scale 1 and prior 0 while training."""
 
     def __init__(self, width, num_classes, offset):
         super().__init__()
@@ -825,13 +818,11 @@ class CosineHead(nn.Module):
 
 
 class Net(nn.Module):
-    """3x3 stem, stages of blocks, global average pool, head: images float [N,3,H,W] in [0,1] -> float32
-    logits.
+    """3x3 stem, stages of blocks, global average pool, head: images float [N,3,H,W] in [0,1] -> float32 logits.
 
-    stem: its channels; stages: (channels, blocks, stride) each; stage: their name; norms: names of the batch
-    norm after the stem and of the one before the pool, or None; head: (name, module for a given width). Pool
-    and head are float32 whatever the convolutions are: with bf16 logits many samples would get no gradient at
-    all.
+    stem: its channels; stages: (channels, blocks, stride) each; stage: their name; norms: names of the batch norm after
+    the stem and of the one before the pool, or None; head: (name, module for a given width). Pool and head are float32
+    whatever the convolutions are: with bf16 logits many samples would get no gradient at all.
     """
 
     def __init__(self, block, stem, stages, stage, norms, head):
@@ -857,8 +848,7 @@ class Net(nn.Module):
         return getattr(self, self.head_name)
 
     def forward(self, x, with_features=False):
-        """Logits [N,C], or with_features: (logits, pooled features [N,d]); all float32 (float64 for
-        float64)."""
+        """Logits [N,C], or with_features: (logits, pooled features [N,d]); all float32 (float64 for float64)."""
         out = self.conv1(x)
         if self.stem_norm:
             out = F.relu(getattr(self, self.stem_norm)(out))
@@ -890,8 +880,8 @@ ARCHS = {  # block, stem, stages, name of a stage, names of the first and last b
 def build_model(arch, num_classes, head="linear") -> nn.Module:
     """A freshly initialised Net of ARCHS, channels_last, no input normalisation inside.
 
-    num_classes >= 2; head: 'linear' or 'cosine' (RoBal). Draws from torch's global generator: seed it, or
-    wrap the call in torch.random.fork_rng. ValueError for an unknown name.
+    num_classes >= 2; head: 'linear' or 'cosine' (RoBal). Draws from torch's global generator: seed it, or wrap the call
+    in torch.random.fork_rng. ValueError for an unknown name.
     """
     if arch not in ARCHS or head not in ("linear", "cosine") or num_classes < 2:
         raise ValueError(f"no {arch!r} with {head!r} head, {num_classes} classes; arch: {', '.join(ARCHS)}")
@@ -917,8 +907,8 @@ def build_model(arch, num_classes, head="linear") -> nn.Module:
 def pgd_step_reference(x_adv, grad, x, step_size, eps) -> torch.Tensor:
     """One L-inf PGD step in plain PyTorch: the truth that the kernel equals bit for bit.
 
-    x_adv, x: float32 in [0,1], any shape; grad: that shape, any float dtype; step_size, eps: fractions of the
-    pixel range. sign(0) and sign(NaN) are 0. Returns a new tensor.
+    x_adv, x: float32 in [0,1], any shape; grad: that shape, any float dtype; step_size, eps: fractions of the pixel
+    range. sign(0) and sign(NaN) are 0. Returns a new tensor.
     """
     sign = (grad > 0).to(x.dtype) - (grad < 0).to(x.dtype)
     moved = x_adv + step_size * sign
@@ -962,10 +952,10 @@ STEP_BLOCK = 1024  # 4 warps of 32 threads take 8 values each: two 16-byte float
 def pgd_step(x_adv, grad, x, step_size, eps, out_low=None) -> torch.Tensor:
     """One L-inf PGD step in place on x_adv; also writes the copy that the next low-precision forward reads.
 
-    x_adv, x: float32; grad: float32, bfloat16 or float16; out_low: None or one of those types; all of one
-    shape, device and memory layout (contiguous or channels_last), of any size. A fused Triton kernel on CUDA,
-    and on any device when TRITON_INTERPRET=1; else the reference. Returns x_adv. ValueError on a mismatch:
-    the kernel walks memory, so that another layout would silently pair the wrong pixels.
+    x_adv, x: float32; grad: float32, bfloat16 or float16; out_low: None or one of those types; all of one shape, device
+    and memory layout (contiguous or channels_last), of any size. A fused Triton kernel on CUDA, and on any device when
+    TRITON_INTERPRET=1; else the reference. Returns x_adv. ValueError on a mismatch: the kernel walks memory, so that
+    another layout would silently pair the wrong pixels.
     """
     tensors = {"x": x, "x_adv": x_adv, "grad": grad} | ({} if out_low is None else {"out_low": out_low})
     for name, t in tensors.items():
@@ -1020,8 +1010,8 @@ class FrozenCopy(nn.Module):
     """What an attack needs of a Net and no more: eval mode, no parameter gradients, batch norms folded away,
     convolutions in `dtype`, float32 head. Images in [0,1] of any float dtype -> float32 logits.
 
-    It follows its source when ``refresh`` is called, in place, so that compiled code and captured graphs,
-    which ``speed_up`` adds for given batch sizes, see the new weights.
+    It follows its source when ``refresh`` is called, in place, so that compiled code and captured graphs, which
+    ``speed_up`` adds for given batch sizes, see the new weights.
     """
 
     def __init__(self, model, dtype=torch.float32):
@@ -1056,8 +1046,8 @@ class FrozenCopy(nn.Module):
 
     @torch.no_grad()
     def refresh(self):
-        """Take over the source's present weights and running statistics: w' = w s, b' = beta - mean s, with
-        s = weight / sqrt(var + eps), for all layers in a handful of multi-tensor operations."""
+        """Take over the source's present weights and running statistics: w' = w s, b' = beta - mean s, with s = weight
+        / sqrt(var + eps), for all layers in a handful of multi-tensor operations."""
         norms = [norm for *_, norm in self.folded] + [norm for _, norm in self.affine]
         scale = torch._foreach_add([norm.running_var for norm in norms], norms[0].eps)
         torch._foreach_sqrt_(scale)
@@ -1121,9 +1111,9 @@ def capture_cuda_graph(fn, inputs):
 class GraphRunner:
     """fn(*tensors) replayed on static buffers: one launch in the place of hundreds.
 
-    The first call's shapes are captured; later calls of those shapes copy their tensors into the buffers and
-    replay, other shapes (an epoch's last batch) go to fn itself. The result is valid until the next call.
-    capture(fn, buffers) -> (replay, result); None: always fn itself.
+    The first call's shapes are captured; later calls of those shapes copy their tensors into the buffers and replay,
+    other shapes (an epoch's last batch) go to fn itself. The result is valid until the next call. capture(fn, buffers)
+    -> (replay, result); None: always fn itself.
     """
 
     def __init__(self, fn, capture=None):
@@ -1177,12 +1167,12 @@ def pgd_attack(
 ) -> torch.Tensor:
     """L-inf PGD (Madry et al. 2018): signed gradient ascent of `objective` inside the eps-ball and [0,1].
 
-    model: any nn.Module with inputs in [0,1], run in eval mode and left as it was (mode, buffers, gradients);
-    a Net is replaced by its FrozenCopy, a FrozenCopy taken as it is. x: float32 [N,C,H,W] in [0,1]; y: int64
-    [N]; eps, step_size >= 0: fractions of the pixel range; steps >= 0. init: 'uniform' U(-eps,eps), 'gauss'
-    0.001*N(0,1) as in TRADES, or 'none'; the start is clipped to the ball and to [0,1]. objective(logits, y,
-    aux) -> scalar, default mean cross-entropy. generator: of the start noise, on x's device. Returns the last
-    iterate, detached. ValueError for input outside these ranges.
+    model: any nn.Module with inputs in [0,1], run in eval mode and left as it was (mode, buffers, gradients); a Net is
+    replaced by its FrozenCopy, a FrozenCopy taken as it is. x: float32 [N,C,H,W] in [0,1]; y: int64 [N]; eps, step_size
+    >= 0: fractions of the pixel range; steps >= 0. init: 'uniform' U(-eps,eps), 'gauss' 0.001*N(0,1) as in TRADES, or
+    'none'; the start is clipped to the ball and to [0,1]. objective(logits, y, aux) -> scalar, default mean
+    cross-entropy. generator: of the start noise, on x's device. Returns the last iterate, detached. ValueError for
+    input outside these ranges.
     """
     if not (eps >= 0 and step_size >= 0 and steps >= 0) or init not in ("uniform", "gauss", "none"):
         given = f"eps {eps}, step_size {step_size}, steps {steps}, init {init!r}"
@@ -1210,8 +1200,7 @@ def _pgd(forward, x, y, eps, step_size, steps, init, objective, aux, generator):
 
 
 def _ascend(forward, objective, eps, step_size, steps, x, y, start, aux=None):
-    """The attack's steps from `start`; forward: images in its own `dtype` (default float32) -> float32
-    logits."""
+    """The attack's steps from `start`; forward: images in its own `dtype` (default float32) -> float32 logits."""
     dtype, x_adv = getattr(forward, "dtype", torch.float32), start.clone()
     low = None if dtype == torch.float32 else x_adv.to(dtype)
     # fp16 flushes what is below 6e-8 to zero; only the sign matters, so attack a multiple of the objective
@@ -1235,8 +1224,8 @@ def _ascend(forward, objective, eps, step_size, steps, x, y, start, aux=None):
 def balanced_softmax_loss(logits, y, counts, tau=1.0) -> torch.Tensor:
     """Mean of -log softmax(z + b)[y] with b_c = tau ln n_c (eq. 1; Ren et al. 2020).
 
-    logits: float [N,C]; y: int64 [N]; counts: training images per class, C values >= 1. Uniform counts or tau
-    0 give plain cross-entropy. Returns a scalar; ValueError for counts of another length or below 1.
+    logits: float [N,C]; y: int64 [N]; counts: training images per class, C values >= 1. Uniform counts or tau 0 give
+    plain cross-entropy. Returns a scalar; ValueError for counts of another length or below 1.
     """
     counts = torch.as_tensor(counts, dtype=logits.dtype, device=logits.device)
     if counts.shape != logits.shape[1:]:
@@ -1247,8 +1236,8 @@ def balanced_softmax_loss(logits, y, counts, tau=1.0) -> torch.Tensor:
 def igdm_loss(student_plus, student_minus, teacher_plus, teacher_minus) -> torch.Tensor:
     """Indirect gradient distillation: mean KL(softmax(T+ - T-) || softmax(S+ - S-)) (Lee et al. 2023).
 
-    Arguments: float logits [N,C] of student and teacher at x+d (plus) and x-d (minus), d = x'-x: differences
-    of logits stand for input gradients. The teacher's are detached; temperature 1. Returns a scalar >= 0.
+    Arguments: float logits [N,C] of student and teacher at x+d (plus) and x-d (minus), d = x'-x: differences of logits
+    stand for input gradients. The teacher's are detached; temperature 1. Returns a scalar >= 0.
     """
     return distillation_loss(student_plus - student_minus, teacher_plus - teacher_minus)
 
@@ -1260,8 +1249,7 @@ def distillation_loss(student, teacher) -> torch.Tensor:
 
 
 def trades_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
-    """Mean CE(z(x), y) + beta * mean KL(p(x) || p(x')) (TRADES, Zhang et al. 2019); both sides carry
-    gradient.
+    """Mean CE(z(x), y) + beta * mean KL(p(x) || p(x')) (TRADES, Zhang et al. 2019); both sides carry gradient.
 
     logits, logits_adv: float [N,C] at x and x'; y: int64 [N]. beta 0 is cross-entropy. Returns a scalar.
     """
@@ -1270,9 +1258,8 @@ def trades_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
 
 
 def mart_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
-    """MART (Wang et al. 2020): boosted cross-entropy at x' plus a KL weighted by how unsure the network is of
-    x, mean[CE(z(x'), y) - ln(1.0001 - p_k(x') + 1e-12)] + beta * mean[KL(p(x) || p(x')) * (1.0000001 -
-    p_y(x))].
+    """MART (Wang et al. 2020): boosted cross-entropy at x' plus a KL weighted by how unsure the network is of x,
+    mean[CE(z(x'), y) - ln(1.0001 - p_k(x') + 1e-12)] + beta * mean[KL(p(x) || p(x')) * (1.0000001 - p_y(x))].
 
     k: the most probable class of x' but y; the KL takes ln(p(x') + 1e-12). Arguments as in trades_loss.
     """
@@ -1284,12 +1271,10 @@ def mart_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
 
 
 def robal_loss(scores, scores_adv, y, counts, *, scale, margin, tau_b, tau_m, beta) -> torch.Tensor:
-    """RoBal (Wu et al. 2021): CE of scale*(s(x') - m_y 1_y) + tau_b ln(n/N) plus beta * mean KL(p(x) ||
-    p(x')).
+    """RoBal (Wu et al. 2021): CE of scale*(s(x') - m_y 1_y) + tau_b ln(n/N) plus beta * mean KL(p(x) || p(x')).
 
-    scores, scores_adv: cosine scores [N,C] at x and x'; m_c = margin + tau_m/scale * ln(n_c/n_min), larger
-    for frequent classes. The KL's softmaxes are of the unscaled scores, with ln(p(x') + 1e-12) and no
-    detaching.
+    scores, scores_adv: cosine scores [N,C] at x and x'; m_c = margin + tau_m/scale * ln(n_c/n_min), larger for frequent
+    classes. The KL's softmaxes are of the unscaled scores, with ln(p(x') + 1e-12) and no detaching.
     """
     counts = torch.as_tensor(counts, dtype=scores.dtype, device=scores.device)
     margins = margin + tau_m / scale * (counts / counts.min()).log()
@@ -1300,12 +1285,10 @@ def robal_loss(scores, scores_adv, y, counts, *, scale, margin, tau_b, tau_m, be
 
 
 def reat_class_weights(counts, predicted) -> torch.Tensor:
-    """REAT's weights in its attack: w_c ~ 1 / (E_c + 1e-5), E_c = (1 - b^a)/(1 - b), b = (n_c - 1)/n_c, sum
-    C.
+    """REAT's weights in its attack: w_c ~ 1 / (E_c + 1e-5), E_c = (1 - b^a)/(1 - b), b = (n_c - 1)/n_c, sum C.
 
-    counts: training images n_c >= 1; predicted: a_c, how often the network predicted the class at x' in the
-    epoch before. float64 inside, since 1 - b^a cancels. Returns float32 [C] (effective numbers, Cui et al.
-    2019).
+    counts: training images n_c >= 1; predicted: a_c, how often the network predicted the class at x' in the epoch
+    before. float64 inside, since 1 - b^a cancels. Returns float32 [C] (effective numbers, Cui et al. 2019).
     """
     n, a = (torch.as_tensor(t).double() for t in (counts, predicted))
     b = (n - 1) / n
@@ -1314,13 +1297,12 @@ def reat_class_weights(counts, predicted) -> torch.Tensor:
 
 
 def reat_tail_loss(features, y, counts, variant="official") -> torch.Tensor:
-    """REAT's tail term (Li et al. 2023): for each sample i of the tail third of the classes, over all j of
-    the batch, s_ij W_ij KL(softmax f_i || softmax f_j), s = -1 within a class and +1 between, W = u_yi +
-    u_yj, u_c = sqrt(N/n_c), f_i detached; mean over j and anchors; 0 without a tail sample.
+    """REAT's tail term (Li et al. 2023): for each sample i of the tail third of the classes, over all j of the batch,
+    s_ij W_ij KL(softmax f_i || softmax f_j), s = -1 within a class and +1 between, W = u_yi + u_yj, u_c = sqrt(N/n_c),
+    f_i detached; mean over j and anchors; 0 without a tail sample.
 
-    features: float [B,d]; y: int64 [B]. 'intended' is that; 'official' what the released code computes: its
-    criterion averages over B and d before the signs and weights come in, so that one number per anchor
-    remains.
+    features: float [B,d]; y: int64 [B]. 'intended' is that; 'official' what the released code computes: its criterion
+    averages over B and d before the signs and weights come in, so that one number per anchor remains.
     """
     counts = torch.as_tensor(counts, dtype=features.dtype, device=features.device)
     log_p, u = F.log_softmax(features, 1), (counts.sum() / counts).sqrt()[y]
@@ -1338,8 +1320,8 @@ def reat_tail_loss(features, y, counts, variant="official") -> torch.Tensor:
 
 @contextlib.contextmanager
 def awp_perturbation(model, loss_fn, gamma):
-    """AWP (Wu et al. 2020): inside, every weight tensor w with more than one dimension is w + v, with
-    v = gamma |w| g/|g| and g the gradient of loss_fn() at w; afterwards v is subtracted again.
+    """AWP (Wu et al. 2020): inside, every weight tensor w with more than one dimension is w + v, with v = gamma |w|
+    g/|g| and g the gradient of loss_fn() at w; afterwards v is subtracted again.
 
     gamma 0 does nothing at all. The ascent's own forward leaves the model's buffers as they were.
     """
@@ -1364,8 +1346,7 @@ def awp_perturbation(model, loss_fn, gamma):
 
 @dataclass
 class Batch:
-    """What an outer loss may look at; `student` is in train mode, `teacher` maps images to logits, no
-    gradient."""
+    """What an outer loss may look at; `student` is in train mode, `teacher` maps images to logits, no gradient."""
 
     student: Callable
     x: torch.Tensor
@@ -1399,8 +1380,7 @@ def robal_constants(num_classes) -> dict:
 
 
 def with_evaluation_head(model, counts, tau_p=1.7) -> nn.Module:
-    """A copy of a RoBal network with its post-hoc head: 10 * scores - tau_p ln(n_c/N), beyond 10 classes
-    only.
+    """A copy of a RoBal network with its post-hoc head: 10 * scores - tau_p ln(n_c/N), beyond 10 classes only.
 
     Any other network is returned as it is.
     """
@@ -1447,8 +1427,8 @@ def kl_objective(logits, y, aux):
 
 
 def weighted_objective(logits, y, aux):
-    """Class-weighted cross-entropy, what REAT's attack ascends; aux: weights [C]. With eval-mode batch norm
-    each image's gradient is only scaled, so that its sign steps are those of plain cross-entropy."""
+    """Class-weighted cross-entropy, what REAT's attack ascends; aux: weights [C]. With eval-mode batch norm each
+    image's gradient is only scaled, so that its sign steps are those of plain cross-entropy."""
     return F.cross_entropy(logits, y, weight=aux)
 
 
@@ -1512,8 +1492,7 @@ METHODS = {
 
 
 def lr_at(epoch, epochs, lr, milestones=(0.75, 0.9)) -> float:
-    """The learning rate of an epoch (1 .. epochs): lr, a tenth of it after each milestone, a share of the
-    epochs."""
+    """The learning rate of an epoch (1 .. epochs): lr, a tenth of it after each milestone, a share of the epochs."""
     return lr * 0.1 ** sum(epoch > round(share * epochs, 6) for share in milestones)
 
 
@@ -1553,8 +1532,8 @@ def read_checkpoint(path):
 def load_weights(model, path):
     """Load a checkpoint, ours or one of TRADES, AT-BSL and kin, into a Net; returns its epoch or None.
 
-    Accepts a bare state_dict or one under 'state_dict', 'model' or 'net', prefixes 'module.' and
-    '_orig_mod.', and the unused 'sub_block1' of public WRNs. UserError where names or shapes do not fit.
+    Accepts a bare state_dict or one under 'state_dict', 'model' or 'net', prefixes 'module.' and '_orig_mod.', and the
+    unused 'sub_block1' of public WRNs. UserError where names or shapes do not fit.
     """
     saved = weights = read_checkpoint(path)
     if isinstance(saved, dict):
@@ -1600,12 +1579,10 @@ def to_float(images_u8):
 
 
 def train(cfg, phase, data, run, teacher=None) -> nn.Module:
-    """Train a Net as `phase` and `cfg` say, going on from the run's state.pt where that belongs to this
-    phase.
+    """Train a Net as `phase` and `cfg` say, going on from the run's state.pt where that belongs to this phase.
 
-    data: Data on the training device; run: Run; teacher: images -> logits. Saves state.pt after every epoch
-    and best.pt at every new best. UserError when the loss is no longer finite; the last complete epoch stays
-    saved.
+    data: Data on the training device; run: Run; teacher: images -> logits. Saves state.pt after every epoch and best.pt
+    at every new best. UserError when the loss is no longer finite; the last complete epoch stays saved.
     """
     row, device, dtype = METHODS[phase.method], data.train_images.device, AMP_DTYPE[cfg.amp]
     model, optimizer, scaler, streams, at = _start(cfg, phase, data, run, device)
@@ -1671,9 +1648,7 @@ def _start(cfg, phase, data, run, device):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(cfg.seed, phase.name, "weights"))
         model = build_model(cfg.arch, len(data.classes), METHODS[phase.method].head).to(device)
-    fused = (
-        device.type == "cuda" and cfg.amp != "fp16"
-    )  # a skipped fp16 step would leave fused momentum unset
+    fused = device.type == "cuda" and cfg.amp != "fp16"  # a skipped fp16 step would leave fused momentum unset
     options = dict(momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=fused)
     optimizer = torch.optim.SGD(model.parameters(), cfg.lr, **options)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
@@ -1691,9 +1666,7 @@ def _start(cfg, phase, data, run, device):
             for name, generator in streams.items():
                 generator.set_state(state["generators"][name])
         except RuntimeError:
-            raise UserError(
-                f"{run.path} was begun on another kind of device: go on there, or --overwrite it"
-            ) from None
+            raise UserError(f"{run.path} was begun on another kind of device: go on there, or --overwrite it") from None
         phase.indices, at = state["indices"], {k: state[k] for k in at}
         run.log(f"{phase.name}: going on after epoch {at['epoch']} of {phase.epochs}")
     return model, optimizer, scaler, streams, at
@@ -1795,8 +1768,8 @@ def image_like(rows, x):
 
 
 def is_fooled(logits, y):
-    """bool [N]: another class beats y, by more than the rounding that an image shows when its batch changes
-    shape, so that the verdict survives re-scoring. NaN logits never count."""
+    """bool [N]: another class beats y, by more than the rounding that an image shows when its batch changes shape, so
+    that the verdict survives re-scoring. NaN logits never count."""
     slack = 100 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
     return margin(logits, y) < -slack
 
@@ -1895,9 +1868,9 @@ class APGD:
 def project_linf(t, w, gap):
     """Smallest d in the maximum norm with <w, d> = -gap and t + d in [0, 1]; else the corner closest to that.
 
-    t, w [N, D]; gap [N]. Every coordinate moves by the same length, cut at the room it has. The length solves
-    sum |w| min(length, room) = |gap|: concave and piecewise linear, so Newton from the left arrives exactly,
-    after about four steps (sorting the breakpoints takes three times as long)."""
+    t, w [N, D]; gap [N]. Every coordinate moves by the same length, cut at the room it has. The length solves sum |w|
+    min(length, room) = |gap|: concave and piecewise linear, so Newton from the left arrives exactly, after about four
+    steps (sorting the breakpoints takes three times as long)."""
     need, weight = gap.abs(), w.abs()
     down = w * gap.sign()[:, None]  # > 0 where the coordinate has to fall
     room = torch.where(down > 0, t, 1 - t)
@@ -1915,8 +1888,8 @@ def project_linf(t, w, gap):
 class FAB:
     """Targeted FAB (1907.02044): step onto the linearised boundary to the target, drawn to the clean point.
 
-    Two forwards and one backward an iteration. Merging the verdict with the next gradient does not pay: after
-    a success (nine iterations in ten) the backward step moves the point, which needs its own forward."""
+    Two forwards and one backward an iteration. Merging the verdict with the next gradient does not pay: after a success
+    (nine iterations in ten) the backward step moves the point, which needs its own forward."""
 
     ALPHA_MAX, ETA, BETA = 0.1, 1.05, 0.9
 
@@ -1979,8 +1952,8 @@ class Square:
         return scored, is_fooled(logits, lane["y"]), lane["step"] >= self.evaluations
 
     def propose(self, lane):
-        """The best image with one square recoloured, each channel to one of its two bounds: from the stripes
-        on, every pixel lies on a bound, where adding +-2 eps and projecting means just that."""
+        """The best image with one square recoloured, each channel to one of its two bounds: from the stripes on, every
+        pixel lies on a bound, where adding +-2 eps and projecting means just that."""
         best, step = lane["best"], lane["step"]
         _, channels, height, width = best.shape
         side = self.sides[torch.bucketize(step, self.halve_after)]
@@ -1998,8 +1971,8 @@ class Square:
 
 
 def confirm(attack, lane, scored, flags):
-    """-> bool [lanes], which are fooled: a low-precision ascent only claims, `exact` decides. A lane ending
-    without success gets one more exact look, at its best point, which then replaces `scored`."""
+    """-> bool [lanes], which are fooled: a low-precision ascent only claims, `exact` decides. A lane ending without
+    success gets one more exact look, at its best point, which then replaces `scored`."""
     fooled = np.zeros(len(flags), bool)
     for look_at_best in (False, True):
         asked = (flags >= 2) & ~fooled if look_at_best else (flags & 1) > 0
@@ -2013,8 +1986,8 @@ def confirm(attack, lane, scored, flags):
 
 
 def run_lanes(attack, rows, make_lane, batch_size, progress):
-    """Run an attack on rows: all against their first target, those still robust against the second, ...
-    Yields (row numbers, adversarial images) as they are found."""
+    """Run an attack on rows: all against their first target, those still robust against the second, ... Yields (row
+    numbers, adversarial images) as they are found."""
     queue = deque((row, 0) for row in rows)
     jobs, lane, tick = [], {}, 0  # jobs[i] of lane i: row, rank of its target, first tick
     left = len(queue) * attack.targets * attack.evaluations  # lane iterations still to do, at most
@@ -2162,18 +2135,17 @@ def autoattack(
     model, x, y, *, eps=8 / 255, attacks=AUTOATTACK, seed=0, batch_size=512, log=None,
     iterations=100, queries=5000, targets=9, index=None, state=None, nets=None,
 ) -> torch.Tensor:  # fmt: skip
-    """AutoAttack standard in the maximum norm (Croce & Hein 2020): each attack runs on the points that
-    survived those before it.
+    """AutoAttack standard in the maximum norm (Croce & Hein 2020): each attack runs on the points that survived those
+    before it.
 
-    model: nn.Module, [N,C,H,W] in [0,1] -> logits [N,classes]; run in eval mode and left as it was. x:
-    float32 or float64; y: int64 [N]; same device. Returns x_adv like x: a fooled point carries its
-    adversarial image, any other is unchanged. log: called with one line of text at a time. iterations: of
-    APGD and FAB, per target. index: int64 [N], the points' numbers in the random draws (default 0 .. N-1):
-    results do not depend on batch_size. state: a mutable mapping; state[attack] is set when that attack has
-    ended and used when the same call is made again (same model and data: the caller's care). nets: (forward
-    that steers APGD, forward that decides everything), by default the model twice, a Net as its FrozenCopy.
-    Fewer than 10 classes: as many targets as there are; fewer than 4: APGD-T climbs z_target - z_y, as DLR
-    needs 4. ValueError for bad input, RuntimeError when the final audit fails.
+    model: nn.Module, [N,C,H,W] in [0,1] -> logits [N,classes]; run in eval mode and left as it was. x: float32 or
+    float64; y: int64 [N]; same device. Returns x_adv like x: a fooled point carries its adversarial image, any other is
+    unchanged. log: called with one line of text at a time. iterations: of APGD and FAB, per target. index: int64 [N],
+    the points' numbers in the random draws (default 0 .. N-1): results do not depend on batch_size. state: a mutable
+    mapping; state[attack] is set when that attack has ended and used when the same call is made again (same model and
+    data: the caller's care). nets: (forward that steers APGD, forward that decides everything), by default the model
+    twice, a Net as its FrozenCopy. Fewer than 10 classes: as many targets as there are; fewer than 4: APGD-T climbs
+    z_target - z_y, as DLR needs 4. ValueError for bad input, RuntimeError when the final audit fails.
     """
     check_images(x, y, FLOATS)
     known = bool(attacks) and sorted(attacks) == sorted(set(attacks) & set(AUTOATTACK))
@@ -2227,13 +2199,13 @@ def evaluate(
 ) -> dict:  # fmt: skip
     """Accuracy on test images in percent: overall, per class, on the tail classes.
 
-    images_u8: uint8 [N,3,H,W]; labels: int64 [N], same device; tail: class indices. 'clean' is plain
-    accuracy; 'pgd' the accuracy at the last iterate of PGD (uniform start clipped to [0,1], one restart, no
-    early exit); 'aa' the accuracy under AutoAttack standard, to which log and state go. Verdicts are IEEE
-    float32; PGD's and APGD's gradients come from a copy in `amp` precision ('off': float32). Noise depends on
-    the seed and the batch's or the point's number only. Returns clean, tail_clean, class_clean (a list) and
-    the like, with balanced_* (mean of the class accuracies) where classes differ in size. No global generator
-    is touched and the model is left as it was. ValueError for no images, or another dtype or shape.
+    images_u8: uint8 [N,3,H,W]; labels: int64 [N], same device; tail: class indices. 'clean' is plain accuracy; 'pgd'
+    the accuracy at the last iterate of PGD (uniform start clipped to [0,1], one restart, no early exit); 'aa' the
+    accuracy under AutoAttack standard, to which log and state go. Verdicts are IEEE float32; PGD's and APGD's gradients
+    come from a copy in `amp` precision ('off': float32). Noise depends on the seed and the batch's or the point's
+    number only. Returns clean, tail_clean, class_clean (a list) and the like, with balanced_* (mean of the class
+    accuracies) where classes differ in size. No global generator is touched and the model is left as it was. ValueError
+    for no images, or another dtype or shape.
     """
     if images_u8.dtype != torch.uint8 or images_u8.ndim != 4 or not 0 < len(images_u8) == len(labels):
         shape = f"{images_u8.dtype} {list(images_u8.shape)}, {len(labels)} labels"
@@ -2369,16 +2341,7 @@ def paper_row(cfg, name):
 class Run:
     """A run's folder; aa.pt is there while AutoAttack is under way."""
 
-    FILES = (
-        "config.json",
-        "log.txt",
-        "state.pt",
-        "teacher.pt",
-        "best.pt",
-        "last.pt",
-        "results.json",
-        "aa.pt",
-    )
+    FILES = ("config.json", "log.txt", "state.pt", "teacher.pt", "best.pt", "last.pt", "results.json", "aa.pt")
 
     def __init__(self, cfg, argv=()):
         self.cfg, self.path = cfg, pathlib.Path(cfg.out or pathlib.Path("runs", run_name(cfg)))
@@ -2490,8 +2453,7 @@ def identity(cfg):
 
 
 def run_name(cfg):
-    """A folder name: the settings people vary, then a hash of all that count (and of the place of a folder's
-    data)."""
+    """A folder name: the settings people vary, then a hash of all that count (and of the place of a folder's data)."""
     place = str(pathlib.Path(cfg.data_dir).resolve()) if cfg.data == "folder" else ""
     digest = hashlib.sha256(json.dumps([identity(cfg), place]).encode()).hexdigest()[:8]
     ratio = "natural" if cfg.ir is None else f"ir{cfg.ir:g}"
@@ -2499,8 +2461,7 @@ def run_name(cfg):
 
 
 def table(runs) -> str:
-    """Runs [(Config, results)] as text in the paper's layout: a line per checkpoint, the paper's numbers
-    below it."""
+    """Runs [(Config, results)] as text in the paper's layout: a line per checkpoint, the paper's numbers below it."""
     rows = [m for _, results in runs for m in results["checkpoints"].values()]
     found = {c for m in rows for c in COLUMNS if m.get(c) is not None}
     shown, lines = [c for c in COLUMNS if c in found], []
@@ -2584,8 +2545,7 @@ def fast_step(cfg, model, student, frozen, teacher, optimizer, x, y, counts, thr
 
 
 def bench_core(cfg, device, batch, steps, rounds, levers):
-    """(attack rows, training-step rows) at one batch size on ResNet-18 with 100 classes, levers added in
-    turn."""
+    """(attack rows, training-step rows) at one batch size on ResNet-18 with 100 classes, levers added in turn."""
     torch.manual_seed(0)
     contiguous = dict(device=device, memory_format=torch.contiguous_format)
     plain, plain_teacher = (build_model("resnet18", 100).to(**contiguous) for _ in "ab")
@@ -2619,9 +2579,7 @@ def bench_core(cfg, device, batch, steps, rounds, levers):
     attacks = timed(variants, rounds, device)
     fastest = min(attacks, key=attacks.get)
     fast = low if fastest == f"+ {cfg.amp}" else fast
-    teacher = torch.no_grad()(
-        FrozenCopy(copy.deepcopy(plain_teacher).to(memory_format=torch.channels_last), dtype)
-    )
+    teacher = torch.no_grad()(FrozenCopy(copy.deepcopy(plain_teacher).to(memory_format=torch.channels_last), dtype))
     rest = (y, counts, threat)
     whole = {
         "plain": lambda: plain_step(plain, plain_teacher.eval(), optimizers[0], x, *rest),
@@ -2631,9 +2589,7 @@ def bench_core(cfg, device, batch, steps, rounds, levers):
 
     def rows(table):
         rates = {name: batch / seconds for name, seconds in table.items()}
-        return [
-            dict(batch=batch, lever=k, images_per_s=v, ratio=v / rates["plain"]) for k, v in rates.items()
-        ]
+        return [dict(batch=batch, lever=k, images_per_s=v, ratio=v / rates["plain"]) for k, v in rates.items()]
 
     return rows(attacks), rows(train)
 
@@ -2663,9 +2619,7 @@ def bench_kernel(device):
         }
         repeat = 200 if images < 1000 else 10
         calls = {name: functools.partial(_again, function, repeat) for name, function in variants.items()}
-        graphs = {
-            name: capture_cuda_graph(call, [])[0] for name, call in calls.items()
-        }  # as the attack has it
+        graphs = {name: capture_cuda_graph(call, [])[0] for name, call in calls.items()}  # as the attack has it
         for name, seconds in timed(graphs, 5, device).items():
             # a step reads 4+2+4 bytes a value and writes 4+2, a copy moves 4+4
             traffic = (8 if name == "copy" else 16) * x.numel()
@@ -2721,9 +2675,7 @@ def stage_bench(cfg):
         peak = torch.cuda.max_memory_allocated(device)
         speed = {row["batch"]: row["images_per_s"] for row in result["train_step"] if row["lever"] != "plain"}
         result["projected_minutes"] = (30 * 25000 / speed[32] + 100 * 19573 / speed[128]) / 60
-        say(
-            f"projected   {result['projected_minutes']:.1f} min of training, CIFAR-100 IR 10, 30 + 100 epochs"
-        )
+        say(f"projected   {result['projected_minutes']:.1f} min of training, CIFAR-100 IR 10, 30 + 100 epochs")
         result["kernel"] = bench_kernel(device)
         for row in result["kernel"]:
             say("kernel      {images} images  {what:<14} {us:9.1f} us {gb_per_s:8.0f} GB/s".format(**row))
@@ -2831,8 +2783,7 @@ def evaluations(cfg, results):
 
 
 class SavedState(dict):
-    """AutoAttack's state on disk: what an interrupted evaluation of the same weights and data goes on
-    from."""
+    """AutoAttack's state on disk: what an interrupted evaluation of the same weights and data goes on from."""
 
     def __init__(self, path, key):
         super().__init__()
@@ -2925,13 +2876,10 @@ def work_ahead(cfg, run, data):
 
 
 def tune_process(cfg):
-    """Process-wide settings of a run. On CPUs with glibc, let malloc keep what it has: a network's
-    activations are otherwise given back to the kernel and faulted in again, page by page, in every single
-    step."""
+    """Process-wide settings of a run. On CPUs with glibc, let malloc keep what it has: a network's activations are
+    otherwise given back to the kernel and faulted in again, page by page, in every single step."""
     torch.backends.cudnn.benchmark = not cfg.deterministic
-    if (
-        cfg.compile == "on"
-    ):  # all networks share one forward; PyTorch's default keeps 8 versions of a function
+    if cfg.compile == "on":  # all networks share one forward; PyTorch's default keeps 8 versions of a function
         torch.compiler.reset()
         torch._dynamo.config.recompile_limit = 64
     if cfg.device.startswith("cuda"):
@@ -2967,8 +2915,8 @@ def run_one(cfg, argv):
 
 
 def main(argv=None) -> int:
-    """The command line: one run per element of the comma lists' product. Returns the exit code: 0, 2 for an
-    error of the user's (one line on stderr), 1 for one of ours."""
+    """The command line: one run per element of the comma lists' product. Returns the exit code: 0, 2 for an error of
+    the user's (one line on stderr), 1 for one of ours."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         configs = [resolve(one) for one in expand(parse_args(argv))]

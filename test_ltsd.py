@@ -73,26 +73,13 @@ def finished(tmp_path_factory):
 
 def test_flags_come_from_the_config_and_round_trip():
     cfg = ltsd.parse_args("--data cifar10 --ir 100 --eps 4 --steps 7 --amp off --overwrite".split())
-    assert (cfg.data, cfg.ir, cfg.eps, cfg.steps, cfg.amp, cfg.overwrite) == (
-        "cifar10",
-        100.0,
-        4.0,
-        7,
-        "off",
-        True,
-    )
+    assert (cfg.data, cfg.ir, cfg.eps, cfg.steps, cfg.amp, cfg.overwrite) == ("cifar10", 100.0, 4.0, 7, "off", True)
     assert ltsd.parse_args([]) == ltsd.Config()
 
 
 def test_defaults_are_the_papers():
     cfg = ltsd.resolve(ltsd.parse_args([]))
-    assert (cfg.data, cfg.ir, cfg.arch, cfg.epochs, cfg.teacher_epochs) == (
-        "cifar100",
-        10,
-        "resnet18",
-        100,
-        30,
-    )
+    assert (cfg.data, cfg.ir, cfg.arch, cfg.epochs, cfg.teacher_epochs) == ("cifar100", 10, "resnet18", 100, 30)
     assert (cfg.batch_size, cfg.teacher_batch_size, cfg.lr, cfg.weight_decay) == (128, 32, 0.1, 5e-4)
     assert (cfg.eps, cfg.step_size, cfg.steps, cfg.eval_eps, cfg.eval_steps) == (8, 2, 10, 8, 20)
     assert ltsd.resolve(ltsd.parse_args(["--data", "tinyimagenet"])).arch == "preactresnet18"
@@ -201,10 +188,7 @@ def test_balanced_indices():
 
 
 def test_teacher_set_has_the_papers_sizes():
-    for data, ir, n_max, classes, per_class in (
-        ("cifar10", 50, 5000, 10, 2500),
-        ("cifar100", 10, 500, 100, 250),
-    ):
+    for data, ir, n_max, classes, per_class in (("cifar10", 50, 5000, 10, 2500), ("cifar100", 10, 500, 100, 250)):
         counts = ltsd.long_tail_counts(n_max, classes, ir)
         labels = torch.arange(classes).repeat_interleave(torch.tensor(counts))
         set_ = ltsd.Data(None, labels, None, None, list(range(classes)), counts, [])
@@ -257,9 +241,7 @@ def test_every_op_at_every_level_equals_torchvision_on_single_images(name, heigh
     before = x.clone()
     space, signed = (RA._AUGMENTATION_SPACE | AUA._AUGMENTATION_SPACE)[name]
     assert signed == (ltsd.AUGMENT_OPS[name][0] < ltsd.AUGMENT_OPS[name][1])
-    levels = {
-        m for bins in (10, 31) for m in (space(bins, height, width) if space(10, 1, 1) is not None else [0.0])
-    }
+    levels = {m for bins in (10, 31) for m in (space(bins, height, width) if space(10, 1, 1) is not None else [0.0])}
     for m in sorted({sign * float(m) for m in levels for sign in ([1, -1] if signed else [1])}):
         batch = ltsd.AUGMENT_OPS[name][2](x, m)
         single = torch.stack([_theirs(image, name, m) for image in x])
@@ -319,9 +301,7 @@ def test_ops_signs_and_levels_are_drawn_as_torchvision_draws_them(policy, transf
     assert _two_sample_p(_single_ops(tilted), _single_ops(theirs)) < 1e-3
     if policy == "aua":
         first, second = ([pair[i : i + 1] for pair in ours.elements()] for i in (0, 1))
-        shuffled = collections.Counter(
-            a + b for a, b in zip(first, second[1000:] + second[:1000], strict=True)
-        )
+        shuffled = collections.Counter(a + b for a, b in zip(first, second[1000:] + second[:1000], strict=True))
         assert _two_sample_p(shuffled, theirs) < 1e-3
 
 
@@ -357,9 +337,7 @@ def test_top_left_and_flip_are_each_uniform():
     image = torch.arange(1, 91, dtype=torch.uint8).view(3, 5, 6)
     outcome = {v: k for k, v in _crops_and_flips(image).items()}
     assert len(outcome) == 162  # 5x6 pixels, all different: an output tells its draw
-    drawn = [
-        outcome[i.numpy().tobytes()] for i in ltsd.augment(image.expand(9720, 3, 5, 6), "none", _generator(3))
-    ]
+    drawn = [outcome[i.numpy().tobytes()] for i in ltsd.augment(image.expand(9720, 3, 5, 6), "none", _generator(3))]
     for axis, values in enumerate([9, 9, 2]):
         law = collections.Counter(dict.fromkeys(range(values), 10**7))
         assert _two_sample_p(collections.Counter(d[axis] for d in drawn), law) > 0.01
@@ -414,9 +392,7 @@ def test_same_generator_same_images_and_nothing_else_is_touched(policy, monkeypa
 
 
 @pytest.mark.parametrize("policy", ["none", "ra", "aua"])
-@pytest.mark.parametrize(
-    "shape", [(0, 3, 32, 32), (1, 3, 32, 32), (3, 3, 1, 1), (2, 3, 7, 40), (9, 3, 64, 64)]
-)
+@pytest.mark.parametrize("shape", [(0, 3, 32, 32), (1, 3, 32, 32), (3, 3, 1, 1), (2, 3, 7, 40), (9, 3, 64, 64)])
 def test_odd_shapes(policy, shape):
     out = ltsd.augment(torch.full(shape, 200, dtype=torch.uint8), policy, _generator())
     assert out.shape == shape and out.dtype == torch.uint8
@@ -441,9 +417,7 @@ def test_errors_name_the_value(images, policy, message):
 @pytest.mark.parametrize("policy", ["none", "ra", "aua"])
 def test_the_gpu_makes_the_same_pixels(policy):
     x = torch.randint(0, 256, (2000, 3, 32, 32), dtype=torch.uint8, generator=_generator(8))
-    assert torch.equal(
-        ltsd.augment(x, policy, _generator(9)), ltsd.augment(x.cuda(), policy, _generator(9)).cpu()
-    )
+    assert torch.equal(ltsd.augment(x, policy, _generator(9)), ltsd.augment(x.cuda(), policy, _generator(9)).cpu())
     with pytest.raises(ValueError, match="generator is on cuda"):
         ltsd.augment(x, policy, torch.Generator("cuda"))
 
@@ -455,9 +429,7 @@ def served(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setenv("no_proxy", "*")
     handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})
-    with http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(handler, directory=folder)
-    ) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield folder, f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
@@ -473,9 +445,7 @@ def write_cifar(folder, name):
         n = 200 if fine else 40
         pixels = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
         images.append(pixels.reshape(n, 3, 32, 32))
-        files[member] = pickle.dumps(
-            {"data": pixels, key: (np.arange(n) % classes).tolist(), "batch_label": member}
-        )
+        files[member] = pickle.dumps({"data": pixels, key: (np.arange(n) % classes).tolist(), "batch_label": member})
     names = [f"class {i}" for i in range(classes)]
     meta = "meta" if fine else "batches.meta"
     files[meta] = pickle.dumps({"fine_label_names" if fine else "label_names": names})
@@ -575,31 +545,13 @@ def test_folder_orders_classes_by_count_and_takes_odd_images(tmp_path):
     root = make_folder(tmp_path / "Bilder é", {"ant": 3, "bee": 9, "cat": 6, "dog": 9}, test="val")
     grey16 = np.full((40, 50), 200 * 256 + 7, np.uint16)
     Image.fromarray(grey16).save(root / "train" / "ant" / "grey16.png")
-    Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).convert("CMYK").save(
-        root / "train" / "ant" / "cmyk.jpg"
-    )
-    Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).convert("P").save(
-        root / "train" / "ant" / "palette.png"
-    )
+    Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).convert("CMYK").save(root / "train" / "ant" / "cmyk.jpg")
+    Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).convert("P").save(root / "train" / "ant" / "palette.png")
     Image.fromarray(np.full((32, 32), 7, np.uint8)).save(root / "train" / "ant" / "wide.bmp")
     (root / "train" / "ant" / "notes.txt").write_text("not an image")
     data = ltsd.load_folder(root, 32)
-    assert data.classes == ["bee", "dog", "ant", "cat"] and np.bincount(data.train_labels).tolist() == [
-        9,
-        9,
-        7,
-        6,
-    ]
-    assert data.train_images.shape == (31, 3, 32, 32) and data.test_labels.tolist() == [
-        2,
-        2,
-        0,
-        0,
-        3,
-        3,
-        1,
-        1,
-    ]
+    assert data.classes == ["bee", "dog", "ant", "cat"] and np.bincount(data.train_labels).tolist() == [9, 9, 7, 6]
+    assert data.train_images.shape == (31, 3, 32, 32) and data.test_labels.tolist() == [2, 2, 0, 0, 3, 3, 1, 1]
     values = {int(i.float().mean().round()) for i in data.train_images if i.float().std() < 3}
     assert values == {7, 90, 200} or values == {7, 90, 91, 200}
     natural = ltsd.load_data(ltsd.resolve(ltsd.Config(data="folder", data_dir=str(root))))
@@ -780,9 +732,7 @@ print(count, "kernel cases equal")
 @pytest.mark.skipif(not ltsd.HAS_TRITON, reason="Triton is not installed")
 def test_kernel_equals_reference_bit_for_bit():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", KERNEL], cwd=HERE, capture_output=True, text=True, env=environment
-    )
+    run = subprocess.run([sys.executable, "-c", KERNEL], cwd=HERE, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert "120 kernel cases equal" in run.stdout
 
@@ -795,13 +745,7 @@ def test_kernel_compiles_ahead_of_time_with_wide_loads(arch):
     from triton.compiler import ASTSource
 
     for grad, low in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")):
-        signature = {
-            "x_adv_ptr": "*fp32",
-            "grad_ptr": "*" + grad,
-            "x_ptr": "*fp32",
-            "low_ptr": "*" + low,
-            "n": "i32",
-        }
+        signature = {"x_adv_ptr": "*fp32", "grad_ptr": "*" + grad, "x_ptr": "*fp32", "low_ptr": "*" + low, "n": "i32"}
         signature |= {"step_size": "fp32", "eps": "fp32", "HAS_LOW": "constexpr", "BLOCK": "constexpr"}
         source = ASTSource(
             fn=ltsd._pgd_step_kernel,
@@ -811,13 +755,9 @@ def test_kernel_compiles_ahead_of_time_with_wide_loads(arch):
         )
         ptx = triton.compile(source, target=GPUTarget("cuda", arch, 32)).asm["ptx"]
         assert f".target sm_{arch}" in ptx
-        assert (
-            len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) >= 4
-        )  # 16 bytes each: x_adv and x, two a thread
+        assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) >= 4  # 16 bytes each: x_adv and x, two a thread
         assert re.search(r"st\.global\S*\.v4\.b32", ptx)
-        assert (
-            low == "fp32" or f"cvt.rn.{low.replace('fp', 'f')}" in ptx
-        )  # to nearest even, as PyTorch rounds
+        assert low == "fp32" or f"cvt.rn.{low.replace('fp', 'f')}" in ptx  # to nearest even, as PyTorch rounds
 
 
 def test_without_triton_everything_still_imports_and_steps():
@@ -834,10 +774,7 @@ def test_without_triton_everything_still_imports_and_steps():
 def test_frozen_copy_equals_its_source_and_follows_it(arch):
     model = ltsd.build_model(arch, 10)
     randomise_norms(model)
-    x, y = (
-        channels_last(4, 3, 32, 32) if arch == "resnet8" else channels_last(2, 3, 16, 16),
-        torch.tensor([1, 2]),
-    )
+    x, y = (channels_last(4, 3, 32, 32) if arch == "resnet8" else channels_last(2, 3, 16, 16), torch.tensor([1, 2]))
     frozen, before = ltsd.FrozenCopy(model), {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         want = model.eval()(x)
@@ -915,11 +852,7 @@ def test_attack_start_noise():
         return ltsd.pgd_attack(Linear(), x, y, eps=0.1, step_size=0.0, steps=0, init=init, **kw) - x
 
     uniform, gauss = run("uniform"), run("gauss")
-    assert (
-        abs(uniform.std() - 0.1 / math.sqrt(3)) < 1e-3
-        and uniform.abs().max() <= 0.1
-        and abs(uniform.mean()) < 1e-3
-    )
+    assert abs(uniform.std() - 0.1 / math.sqrt(3)) < 1e-3 and uniform.abs().max() <= 0.1 and abs(uniform.mean()) < 1e-3
     assert abs(gauss.std() - 1e-3) < 2e-5 and not run("none").any()
     edge = ltsd.pgd_attack(Linear(), torch.ones(9, 1, 4, 4), y[:9], eps=0.1, step_size=0.0, steps=0)
     assert edge.max() <= 1
@@ -929,26 +862,12 @@ def test_attack_start_noise():
 
 @pytest.mark.parametrize(
     "change",
-    [
-        dict(eps=-1),
-        dict(steps=-1),
-        dict(init="normal"),
-        dict(step_size=math.nan),
-        dict(x="cat"),
-        dict(y="cat"),
-    ]
-    + [
-        dict(x=torch.rand(4, 1, 4, 4) * 255),
-        dict(x=torch.rand(4, 1, 4, 4).double()),
-        dict(x=torch.rand(4, 16)),
-    ]
+    [dict(eps=-1), dict(steps=-1), dict(init="normal"), dict(step_size=math.nan), dict(x="cat"), dict(y="cat")]
+    + [dict(x=torch.rand(4, 1, 4, 4) * 255), dict(x=torch.rand(4, 1, 4, 4).double()), dict(x=torch.rand(4, 16))]
     + [dict(x=torch.full((4, 1, 4, 4), math.nan)), dict(y=torch.zeros(3).long()), dict(y=torch.zeros(4))],
 )
 def test_attack_refuses_odd_input(change):
-    args = (
-        dict(x=torch.rand(4, 1, 4, 4), y=torch.zeros(4).long(), eps=0.1, step_size=0.1, steps=1, **{})
-        | change
-    )
+    args = dict(x=torch.rand(4, 1, 4, 4), y=torch.zeros(4).long(), eps=0.1, step_size=0.1, steps=1, **{}) | change
     with pytest.raises(ValueError):
         ltsd.pgd_attack(Linear(), args.pop("x"), args.pop("y"), **args)
 
@@ -1020,8 +939,7 @@ def test_graph_runner_captures_once_and_refills_every_buffer(with_aux):
         if with_aux:
             threat |= dict(objective=ltsd.kl_objective, aux=F.log_softmax(eager(x).detach(), 1))
         one, two = (
-            ltsd.pgd_attack(net, x, y, generator=torch.Generator().manual_seed(n), **threat)
-            for net in (eager, graphed)
+            ltsd.pgd_attack(net, x, y, generator=torch.Generator().manual_seed(n), **threat) for net in (eager, graphed)
         )
         assert torch.equal(one, two)
     assert (double.captures, double.replays) == (1, 3)
@@ -1034,8 +952,7 @@ def test_graph_runner_captures_once_and_refills_every_buffer(with_aux):
     if with_aux:
         threat |= dict(aux=F.log_softmax(eager(x).detach(), 1))
     one, two = (
-        ltsd.pgd_attack(net, x, y, generator=torch.Generator().manual_seed(1), **threat)
-        for net in (eager, graphed)
+        ltsd.pgd_attack(net, x, y, generator=torch.Generator().manual_seed(1), **threat) for net in (eager, graphed)
     )
     assert torch.equal(one, two) and double.captures == 1
 
@@ -1069,9 +986,7 @@ def test_the_fast_attack_is_as_strong_as_the_plain_one(trained, method):
     fast = ltsd.FrozenCopy(model, torch.bfloat16 if row.low_precision else torch.float32)
     for name, net in (("plain", plain), ("fast", fast)):
         aux = row.aux(net, x, torch.full((10,), 50.0), torch.arange(10, 20.0))
-        attack = dict(
-            objective=row.objective, init=row.init, generator=torch.Generator().manual_seed(0), aux=aux
-        )
+        attack = dict(objective=row.objective, init=row.init, generator=torch.Generator().manual_seed(0), aux=aux)
         x_adv = ltsd.pgd_attack(net, x, y, eps=8 / 255, step_size=2 / 255, steps=10, **attack)
         with torch.no_grad():
             exact = row.aux(plain, x, torch.full((10,), 50.0), torch.arange(10, 20.0))
@@ -1087,19 +1002,7 @@ def test_the_fast_attack_is_as_strong_as_the_plain_one(trained, method):
 def test_compiled_training_saves_plain_names(tmp_path, capsys):
     if ltsd.best_compile("on", torch.device("cpu")) != "on":
         pytest.skip("no compiler on this machine")
-    args = [
-        *TINY,
-        "--compile",
-        "on",
-        "--amp",
-        "off",
-        "--epochs",
-        "1",
-        "--teacher-epochs",
-        "1",
-        "--steps",
-        "1",
-    ]
+    args = [*TINY, "--compile", "on", "--amp", "off", "--epochs", "1", "--teacher-epochs", "1", "--steps", "1"]
     assert ltsd.main([*args, "--out", str(tmp_path / "a")]) == 0
     saved = torch.load(tmp_path / "a" / "state.pt", weights_only=True)
     assert not any("_orig_mod" in k for k in saved["model"])
@@ -1158,9 +1061,7 @@ def test_igdm():
 def test_methods_name_what_they_attack():
     assert {"ltsd", "pgd-at", "at-bsl", "natural"} <= set(ltsd.METHODS)
     assert ltsd.METHODS["natural"].objective is None and ltsd.METHODS["pgd-at"].init == "uniform"
-    assert (
-        ltsd.METHODS["ltsd"].teacher and ltsd.METHODS["ltsd"].init == ltsd.METHODS["at-bsl"].init == "gauss"
-    )
+    assert ltsd.METHODS["ltsd"].teacher and ltsd.METHODS["ltsd"].init == ltsd.METHODS["at-bsl"].init == "gauss"
 
 
 # An independent float64 evaluation of every loss, one sample and one class at a time.
@@ -1207,9 +1108,7 @@ def slow_mart(logits, logits_adv, y, beta=6.0):
         log_p = slow_log_softmax(adv)
         rival = max(math.exp(v) for k, v in enumerate(log_p) if k != c)
         boosted = -log_p[c] - math.log(1.0001 - rival + 1e-12)
-        total += boosted + beta * slow_kl(clean, adv, 1e-12) * (
-            1.0000001 - math.exp(slow_log_softmax(clean)[c])
-        )
+        total += boosted + beta * slow_kl(clean, adv, 1e-12) * (1.0000001 - math.exp(slow_log_softmax(clean)[c]))
     return total / len(logits)
 
 
@@ -1220,9 +1119,7 @@ def slow_robal(scores, scores_adv, y, counts, *, scale, margin, tau_b, tau_m, be
         row = [scale * float(v) + tau_b * math.log(n / everyone) for v, n in zip(z, counts)]
         row[c] -= scale * margin + tau_m * math.log(counts[c] / rarest)
         shifted.append(row)
-    return slow_cross_entropy(shifted, y) + beta * fmean(
-        slow_kl(a, b, 1e-12) for a, b in zip(scores, scores_adv)
-    )
+    return slow_cross_entropy(shifted, y) + beta * fmean(slow_kl(a, b, 1e-12) for a, b in zip(scores, scores_adv))
 
 
 def slow_reat_weights(counts, predicted):
@@ -1343,9 +1240,7 @@ def test_losses_pass_gradcheck(name):
         (got,) = torch.autograd.grad(ltsd.reat_tail_loss(**kw), inputs)
 
         def fixed(features):
-            return slow_reat_tail(
-                features, kw["y"].tolist(), kw["counts"], kw["variant"], kw["features"].tolist()
-            )
+            return slow_reat_tail(features, kw["y"].tolist(), kw["counts"], kw["variant"], kw["features"].tolist())
 
         for i, j in ((0, 0), (3, 7), (7, 2)):
             up, down = (kw["features"].detach().numpy().copy() for _ in range(2))
@@ -1353,9 +1248,7 @@ def test_losses_pass_gradcheck(name):
             assert abs((fixed(up) - fixed(down)) / 2e-5 - got[i, j]) < 1e-7
         assert log_p.shape == got.shape
         return
-    assert torch.autograd.gradcheck(
-        lambda *ts: LOSSES[name](**{**kw, **dict(zip(first, ts, strict=False))}), inputs
-    )
+    assert torch.autograd.gradcheck(lambda *ts: LOSSES[name](**{**kw, **dict(zip(first, ts, strict=False))}), inputs)
 
 
 def test_reat_tail_is_float32_under_autocast():
@@ -1420,12 +1313,8 @@ def test_awp_with_gamma_zero_is_the_base_method(tmp_path, monkeypatch):
     row = ltsd.METHODS["awp"]
     monkeypatch.setitem(ltsd.METHODS, "awp", ltsd.replace(row, awp=0.0))
     for method in ("awp", "pgd-at"):
-        assert (
-            ltsd.main([*TINY, "--method", method, "--stage", "distill", "--out", str(tmp_path / method)]) == 0
-        )
-    one, two = (
-        torch.load(tmp_path / m / "last.pt", weights_only=True)["state_dict"] for m in ("awp", "pgd-at")
-    )
+        assert ltsd.main([*TINY, "--method", method, "--stage", "distill", "--out", str(tmp_path / method)]) == 0
+    one, two = (torch.load(tmp_path / m / "last.pt", weights_only=True)["state_dict"] for m in ("awp", "pgd-at"))
     assert all(torch.equal(v, two[k]) for k, v in one.items())
 
 
@@ -1492,20 +1381,9 @@ def test_every_method_trains_and_resumes_bit_for_bit(method, tmp_path):
 def test_teachers_and_distillations(finished, tmp_path, capsys):
     copied = [*TINY, "--out", str(tmp_path / "a"), "--teacher", str(finished / "teacher.pt"), "--kd", "kl"]
     assert ltsd.main(copied) == 0 and "sha256" in capsys.readouterr().out
-    one, two = (
-        torch.load(d / "teacher.pt", weights_only=True)["state_dict"] for d in (finished, tmp_path / "a")
-    )
+    one, two = (torch.load(d / "teacher.pt", weights_only=True)["state_dict"] for d in (finished, tmp_path / "a"))
     assert all(torch.equal(v, two[k]) for k, v in one.items())
-    other = [
-        "--teacher-method",
-        "robal",
-        "--teacher-data",
-        "full",
-        "--aug",
-        "ra",
-        "--out",
-        str(tmp_path / "b"),
-    ]
+    other = ["--teacher-method", "robal", "--teacher-data", "full", "--aug", "ra", "--out", str(tmp_path / "b")]
     assert ltsd.main([*TINY, *other]) == 0
     assert "teacher: robal on 33 images, 6 to 2 a class" in capsys.readouterr().out
     assert ltsd.main([*TINY, "--teacher", "nowhere.pt", "--out", str(tmp_path / "c")]) == 2
@@ -1528,9 +1406,7 @@ def test_run_folder(finished):
     assert list(results["checkpoints"]) == ["teacher", "best", "last"] and "evaluations" not in results
     best = results["checkpoints"]["best"]
     assert len(best["class_pgd"]) == 10 and 0 <= best["clean"] <= 100 and best["epoch"] == 3
-    assert results["data"]["tail_classes"] == [9] and {"teacher", "student", "eval"} <= set(
-        results["seconds"]
-    )
+    assert results["data"]["tail_classes"] == [9] and {"teacher", "student", "eval"} <= set(results["seconds"])
     last = torch.load(finished / "last.pt", weights_only=True)
     assert last["epoch"] == 3 and not any("_orig_mod" in k or "module." in k for k in last["state_dict"])
     log = (finished / "log.txt").read_text()
@@ -1571,9 +1447,7 @@ def test_a_crash_inside_any_write_loses_no_finished_epoch(finished, tmp_path, mo
             ltsd.main([*TINY, "--out", str(tmp_path / "b")])
     assert list((tmp_path / "b").glob("*.tmp*"))
     assert ltsd.main([*TINY, "--out", str(tmp_path / "b")]) == 0
-    redone = [
-        line for line in (tmp_path / "b" / "log.txt").read_text().split("\n") if "going on after" in line
-    ]
+    redone = [line for line in (tmp_path / "b" / "log.txt").read_text().split("\n") if "going on after" in line]
     assert len(redone) <= 1
     if write != 8:  # the eighth is best.pt, whose epoch was not yet finished
         same_run(finished, tmp_path / "b")
@@ -1586,16 +1460,12 @@ def test_sigkill_and_resume_is_bit_identical(finished, tmp_path, phase, epoch):
         [sys.executable, "ltsd.py", *TINY, "--out", str(out)], cwd=HERE, stdout=subprocess.DEVNULL
     )
     for _ in range(3000):
-        if (out / "log.txt").exists() and re.search(
-            rf"^{phase} +{epoch}/", (out / "log.txt").read_text(), re.M
-        ):
+        if (out / "log.txt").exists() and re.search(rf"^{phase} +{epoch}/", (out / "log.txt").read_text(), re.M):
             break
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert not (out / "results.json").exists() or "checkpoints" not in json.loads(
-        (out / "results.json").read_text()
-    )
+    assert not (out / "results.json").exists() or "checkpoints" not in json.loads((out / "results.json").read_text())
     resumed = [sys.executable, "ltsd.py", *TINY, "--out", str(out)]
     assert subprocess.run(resumed, cwd=HERE, stdout=subprocess.DEVNULL).returncode == 0
     for name in ("teacher", "best", "last"):
@@ -1617,9 +1487,7 @@ def test_the_whole_runs_time_is_estimated_early(tmp_path, capsys):
     ]
     assert ltsd.main(longer) == 0
     out = capsys.readouterr().out
-    said = re.findall(
-        r"about .* in all on this device \(teacher .*, student .*, selection .*, evaluation .*\)", out
-    )
+    said = re.findall(r"about .* in all on this device \(teacher .*, student .*, selection .*, evaluation .*\)", out)
     assert len(said) == 1 and out.index(said[0]) < out.index("teacher    1/1")
 
 
@@ -1680,9 +1548,7 @@ def test_evaluation_does_not_touch_training(finished, tmp_path):
     """Weights do not depend on whether or how often the run is evaluated."""
     assert ltsd.main([*TINY, "--stage", "teacher", "--out", str(tmp_path / "b")]) == 0
     assert ltsd.main([*TINY, "--stage", "distill", "--test-limit", "20", "--out", str(tmp_path / "b")]) == 0
-    one, two = (
-        torch.load(d / "last.pt", weights_only=True)["state_dict"] for d in (finished, tmp_path / "b")
-    )
+    one, two = (torch.load(d / "last.pt", weights_only=True)["state_dict"] for d in (finished, tmp_path / "b"))
     assert all(torch.equal(v, two[k]) for k, v in one.items())
 
 
@@ -1742,9 +1608,7 @@ def accuracy(net, x, y):
 
 
 def test_hash_is_splitmix64():
-    words = ltsd.random_bits(
-        torch.tensor([0]), 3
-    )  # the key is hashed first: undo by comparing the plain function
+    words = ltsd.random_bits(torch.tensor([0]), 3)  # the key is hashed first: undo by comparing the plain function
     golden = -0x61C8864680B583EB
     got = ltsd.hash64(torch.arange(1, 4) * golden) & 0xFFFFFFFFFFFFFFF
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # splitmix64 with seed 0
@@ -1798,9 +1662,7 @@ def test_projection_equals_brute_force(scale):
     w[3, 1:] = 0
     d = ltsd.project_linf(t, w, gap)
     for i in range(len(t)):
-        assert np.allclose(
-            d[i].numpy(), brute_projection(t[i].numpy(), w[i].numpy(), float(gap[i])), atol=1e-12
-        ), i
+        assert np.allclose(d[i].numpy(), brute_projection(t[i].numpy(), w[i].numpy(), float(gap[i])), atol=1e-12), i
     assert (t + d).min() >= -1e-15 and (t + d).max() <= 1 + 1e-15
     single = ltsd.project_linf(t.float(), w.float(), gap.float())
     assert (single - d).abs().max() < 1e-5 * max(1, 1 / w[w != 0].abs().min().clamp(max=1e-3) * 1e-3)
@@ -1811,9 +1673,7 @@ def test_projection_degenerate():
     w = torch.tensor([[0.0, 0.0], [1.0, -1.0], [1.0, 2.0]])
     d = ltsd.project_linf(t, w, torch.tensor([1.0, 1.0, 0.0]))
     assert d.tolist() == [[0, 0], [0, 0], [0, 0]]  # no direction; no room; nothing to do
-    slow = torch.tensor(
-        [[4.0**-k for k in range(12)]], dtype=torch.float64
-    )  # Newton's slow case: all its steps
+    slow = torch.tensor([[4.0**-k for k in range(12)]], dtype=torch.float64)  # Newton's slow case: all its steps
     d = ltsd.project_linf(slow, 1 / slow, torch.tensor([11.5], dtype=torch.float64))
     assert abs(float((d / slow).sum()) + 11.5) < 1e-12
 
@@ -1877,9 +1737,7 @@ def test_lanes_are_refilled(batch_size):
     for row in range(9):
         last = weak.get(row, (2, 3))
         expected |= {(row, rank, step) for rank in range(3) for step in range(4) if (rank, step) <= last}
-    assert (
-        len(attack.log) == len(expected) and set(attack.log) == expected
-    )  # no job left out, none done twice
+    assert len(attack.log) == len(expected) and set(attack.log) == expected  # no job left out, none done twice
     assert left[-1] == 0 and left == sorted(left, reverse=True)
     assert attack.widths[0] == min(batch_size, 9)
     if batch_size <= 3:
@@ -1891,9 +1749,7 @@ def test_result_does_not_depend_on_the_batch_size(net):
     x, double = x.double(), small_net(10).double()
     for names in (("apgd-ce",), ("apgd-t",), ("fab-t",), ("square",), ltsd.AUTOATTACK):
         results = [
-            ltsd.autoattack(
-                double, x, y, eps=EPS / 1.5, attacks=names, batch_size=b, iterations=12, queries=40
-            )
+            ltsd.autoattack(double, x, y, eps=EPS / 1.5, attacks=names, batch_size=b, iterations=12, queries=40)
             for b in (3, 7, 64)
         ]
         flags = [double(r).argmax(1) == y for r in results]
@@ -1923,10 +1779,7 @@ def test_low_precision_ascent_is_confirmed(net):
     liar = (lambda z: -net(z), net)  # claims everything, climbs the wrong way
     lied = ltsd.autoattack(net, x, y, attacks=("apgd-ce",), nets=liar, **QUICK)
     assert accuracy(net, lied, y) >= accuracy(net, plain, y)
-    shy = (
-        lambda z: net(z) + 1e3 * F.one_hot(y[:1], 10),
-        net,
-    )  # never claims; the right ascent for class y[0]
+    shy = (lambda z: net(z) + 1e3 * F.one_hot(y[:1], 10), net)  # never claims; the right ascent for class y[0]
     one = ltsd.autoattack(net, x[:1], y[:1], eps=0.3, attacks=("apgd-t",), nets=shy, iterations=10)
     assert accuracy(net, one, y[:1]) == 0
 
@@ -2069,9 +1922,7 @@ def test_empty_one_all_wrong_all_robust(net):
 def test_few_classes(classes):
     net, (x, y), lines = small_net(classes), task(32, classes, 3), []
     for name in ltsd.AUTOATTACK:
-        got = ltsd.autoattack(
-            net, x, y, eps=0.2, attacks=(name,), log=lines.append, iterations=20, queries=100
-        )
+        got = ltsd.autoattack(net, x, y, eps=0.2, attacks=(name,), log=lines.append, iterations=20, queries=100)
         assert accuracy(net, got, y) < accuracy(net, x, y) - 20, name
     assert any("DLR needs 4 classes" in line for line in lines) == (classes < 4)
 
@@ -2147,9 +1998,7 @@ def test_evaluate_leaves_the_model_and_global_randomness_alone():
 
 def test_paper_rows():
     cfg = ltsd.resolve(ltsd.Config(data="cifar10"))
-    assert ltsd.paper_row(cfg, "best") == dict(
-        clean=70.81, pgd=38.85, aa=34.32, tail_clean=73.8, tail_pgd=36.9
-    )
+    assert ltsd.paper_row(cfg, "best") == dict(clean=70.81, pgd=38.85, aa=34.32, tail_clean=73.8, tail_pgd=36.9)
     cfg = ltsd.resolve(ltsd.Config())
     assert ltsd.paper_row(cfg, "last")["pgd"] == 21.82 and ltsd.paper_row(cfg, "teacher")["tail_pgd"] == 14.1
     assert ltsd.paper_row(ltsd.resolve(ltsd.Config(data="synthetic")), "best") is None
@@ -2160,9 +2009,9 @@ def test_paper_rows():
 def test_table_sets_the_papers_numbers_below_ours():
     m = dict(clean=50.0, pgd=20.0, tail_clean=30.0, tail_pgd=10.0, epoch=99)
     cfg = ltsd.resolve(ltsd.Config(method="at-bsl"))
-    lines = ltsd.table(
-        [(cfg, {"checkpoints": {"best": m}, "data": {"tail_classes": list(range(90, 100))}})]
-    ).split("\n")
+    lines = ltsd.table([(cfg, {"checkpoints": {"best": m}, "data": {"tail_classes": list(range(90, 100))}})]).split(
+        "\n"
+    )
     assert lines[1].split() == ["best", "(epoch", "99)", "50.00", "20.00", "30.00", "10.00"]
     assert lines[2].split() == ["paper", "45.38", "18.04", "33.10", "12.40"]
 
@@ -2173,32 +2022,17 @@ def test_table_sets_the_papers_numbers_below_ours():
 def test_bench_writes_its_schema(tmp_path, monkeypatch, capsys):
     """The real code on a small network and one round: what is timed, not how fast, is checked here."""
     real = ltsd.build_model
-    monkeypatch.setattr(
-        ltsd, "build_model", lambda arch, classes, head="linear": real("resnet8", classes, head)
-    )
-    monkeypatch.setattr(
-        ltsd, "timed", lambda variants, rounds, device: {k: (f(), 0.5)[1] for k, f in variants.items()}
-    )
+    monkeypatch.setattr(ltsd, "build_model", lambda arch, classes, head="linear": real("resnet8", classes, head))
+    monkeypatch.setattr(ltsd, "timed", lambda variants, rounds, device: {k: (f(), 0.5)[1] for k, f in variants.items()})
     assert ltsd.main(["--stage", "bench", "--device", "cpu", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "bench.json").read_text())
-    assert {
-        "header",
-        "attack",
-        "train_step",
-        "kernel",
-        "autoattack",
-        "augment",
-        "peak_mib",
-        "matmul_share",
-    } <= set(result)
+    assert {"header", "attack", "train_step", "kernel", "autoattack", "augment", "peak_mib", "matmul_share"} <= set(
+        result
+    )
     for rows in (result["attack"], result["train_step"]):
         assert rows[0]["lever"] == "plain" and rows[0]["ratio"] == 1
         assert all({"batch", "lever", "images_per_s", "ratio"} <= set(row) for row in rows)
-    assert {row["batch"] for row in result["attack"]} == {32, 128} and set(result["augment"]) == {
-        "none",
-        "ra",
-        "aua",
-    }
+    assert {row["batch"] for row in result["attack"]} == {32, 128} and set(result["augment"]) == {"none", "ra", "aua"}
     assert "x plain" in capsys.readouterr().out
 
 
@@ -2223,9 +2057,7 @@ def test_help_lists_every_flag(capsys):
 
 def readme_commands():
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    return [
-        line.strip() for line in "".join(blocks).split("\n") if "ltsd.py" in line and "pytest" not in line
-    ]
+    return [line.strip() for line in "".join(blocks).split("\n") if "ltsd.py" in line and "pytest" not in line]
 
 
 def test_readme_commands_parse():
