@@ -23,6 +23,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -123,9 +124,9 @@ class Config:
     arch: str = _flag(None, "network (resnet18; tinyimagenet preactresnet18, synthetic resnet8)",
                       choices=("resnet18", "preactresnet18", "wrn34-10", "resnet8"))
     stage: str = _flag("all", "what to do; 'train' is another name of 'distill'", identity=False,
-                       choices=("all", "teacher", "distill", "train", "eval", "report", "bench"))
+                       choices=("all", "teacher", "distill", "train", "eval", "report", "theory", "bench"))
     aug: str = _flag("none", "RandAugment(2, 8) or AutoAugment's CIFAR-10 policy before crop and flip",
-                     choices=("none", "ra", "aua"))
+                     many=True, choices=("none", "ra", "aua"))
     official: bool = _flag(False, "the method's own published optimiser settings, if any for the data")
     kd: str = _flag("igdm", "distillation: igdm, or kl (of teacher to student at x')", choices=("igdm", "kl"))
     beta: float = _flag(None, "weight of the KL term of trades, mart and robal (6)", low=0)
@@ -133,7 +134,7 @@ class Config:
                            choices=("official", "intended"))
     teacher: str = _flag(None, "checkpoint to use as the teacher (copied into the run)", identity=False)
     teacher_method: str = _flag("pgd-at", "how the self-teacher is trained",
-                                choices=("pgd-at", "at-bsl", "robal", "reat"))
+                                many=True, choices=("pgd-at", "at-bsl", "robal", "reat"))
     teacher_data: str = _flag("balanced", "what the self-teacher sees: D_B, or all",
                               choices=("balanced", "full"))
     alpha: float = _flag(None, "final weight of the distillation term, reached by a linear ramp (40; "
@@ -171,7 +172,12 @@ class Config:
     checkpoint: str = _flag(None, "with --stage eval: score this file, not the run's own", identity=False)
     train_limit: int = _flag(None, "about this many training images, before the long-tail draw", low=1)
     test_limit: int = _flag(None, "about this many test images", low=1)
+    examples: int = _flag(None, "evaluation: save this many images, clean and attacked, as a PNG grid", low=1,
+                          identity=False)
+    figures: str = _flag(None, "folder for figures of the table or the theory (needs matplotlib)", identity=False)
     debug: bool = _flag(False, "show tracebacks", identity=False)
+    runs: str = _flag(None, "run folders for --stage report, globs too (default: the run these flags name)",
+                      identity=False)
     # fmt: on
 
 
@@ -227,9 +233,13 @@ def parse_args(argv=None) -> Config:
             kind = dict(metavar="{" + ",".join(meta["choices"]) + "}")
         elif f.name == "method":
             kind = dict(metavar="{" + ",".join(METHODS) + "}")
-        parser.add_argument("--" + _dashed(f.name), default=argparse.SUPPRESS, help=text, **kind)
-    given, by_name = vars(parser.parse_args(argv)), {f.name: f for f in fields(Config)}
-    cfg = Config(**{k: v if v is True else _parse_value(by_name[k], v) for k, v in given.items()})
+        if f.name == "runs":
+            parser.add_argument("runs", nargs="*", metavar="RUN", help=text)
+        else:
+            parser.add_argument("--" + _dashed(f.name), default=argparse.SUPPRESS, help=text, **kind)
+    given, by_name = vars(parser.parse_intermixed_args(argv)), {f.name: f for f in fields(Config)}
+    runs = tuple(given.pop("runs", ())) or None
+    cfg = Config(**{k: v if v is True else _parse_value(by_name[k], v) for k, v in given.items()}, runs=runs)
     for one in expand(cfg):
         validate(one)
     return cfg
@@ -237,7 +247,7 @@ def parse_args(argv=None) -> Config:
 
 def expand(cfg) -> list:
     """The scalar Configs that a Config with comma lists stands for: their product."""
-    names = [f.name for f in fields(cfg) if isinstance(getattr(cfg, f.name), tuple)]
+    names = [f.name for f in fields(cfg) if f.metadata["many"] and isinstance(getattr(cfg, f.name), tuple)]
     products = itertools.product(*(getattr(cfg, name) for name in names))
     return [replace(cfg, **dict(zip(names, values, strict=True))) for values in products]
 
@@ -267,8 +277,12 @@ def validate(cfg) -> None:
         raise UserError(f"--milestones {cfg.milestones!r}: want rising shares of the epochs, as in 0.75,0.9")
     if cfg.image_size and cfg.data != "folder":
         raise UserError(f"--image-size {cfg.image_size}: only --data folder can be resized; leave it out")
-    if cfg.checkpoint and cfg.stage != "eval":
-        raise UserError(f"--checkpoint {cfg.checkpoint}: goes with --stage eval only")
+    table = ("eval", "report", "all")
+    uses = dict(checkpoint=("eval",), examples=("eval", "all"), figures=(*table, "theory"), runs=("report",))
+    for name, stages in uses.items():
+        if getattr(cfg, name) and cfg.stage not in stages:
+            flag = f"--{name} {getattr(cfg, name)}" if name != "runs" else f"argument {cfg.runs[0]!r}"
+            raise UserError(f"{flag}: goes with --stage {' or '.join(stages)} only")
 
 
 def resolve(cfg) -> Config:
@@ -1502,13 +1516,13 @@ def selection_starts(epochs):
 
 
 def write_atomic(path, content):
-    """Write text, or what torch.save takes, so that readers and crashes see the old file or the new one."""
+    """Write text, bytes, or what torch.save takes, so that readers and crashes see the old file or the new one."""
     path = pathlib.Path(path)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            if isinstance(content, str):
-                file.write(content.encode())
+            if isinstance(content, (str, bytes)):
+                file.write(content.encode() if isinstance(content, str) else content)
             else:
                 torch.save(content, file)
             file.flush()
@@ -2238,6 +2252,21 @@ def evaluate(
     return {k: v for part in parts for k, v in part.items()}
 
 
+def save_examples(path, net, images_u8, labels, count, log, *, eps, step_size, steps, seed=0):
+    """Write a PNG grid, four triples a row, of `count` images spread over the set: clean, after PGD, and ten times the
+    difference around grey. The log gets a caption: the label and what `net` (a module or FrozenCopy) says to both."""
+    index = torch.linspace(0, len(labels) - 1, min(count, len(labels))).long()
+    x, y = to_float(images_u8[index]), labels[index]
+    generator = torch.Generator(x.device).manual_seed(derive_seed(seed, "examples"))
+    x_adv = pgd_attack(net, x, y, eps=eps, step_size=step_size, steps=steps, generator=generator)
+    triples, content = torch.stack([x, x_adv, (0.5 + 10 * (x_adv - x)).clamp(0, 1)], 1), io.BytesIO()
+    torchvision.utils.save_image(triples.flatten(0, 1).cpu(), content, format="png", nrow=12)
+    write_atomic(path, content.getvalue())
+    with eval_mode(net), torch.no_grad():
+        said = zip(y.tolist(), *(net(images).argmax(1).tolist() for images in (x, x_adv)), strict=True)
+    log(f"{path}: label: clean > attacked prediction " + ", ".join("{}: {} > {}".format(*row) for row in said))
+
+
 def _metrics(name, flags, labels, tail):
     """bool [N] flags of one attack -> its percentages in results.json."""
     labels, flags = labels.cpu().numpy(), flags.cpu().numpy()
@@ -2460,28 +2489,379 @@ def run_name(cfg):
     return f"{cfg.data}-{ratio}-{cfg.method}-{cfg.arch}-seed{cfg.seed}-{digest}"
 
 
-def table(runs) -> str:
-    """Runs [(Config, results)] as text in the paper's layout: a line per checkpoint, the paper's numbers below it."""
-    rows = [m for _, results in runs for m in results["checkpoints"].values()]
-    found = {c for m in rows for c in COLUMNS if m.get(c) is not None}
-    shown, lines = [c for c in COLUMNS if c in found], []
+@dataclass
+class Setting:
+    """Runs that differ in nothing but the seed: a row of the table, a mark in the figures."""
 
-    def line(label, cells):
-        lines.append(f"{label:<48}" + "".join(f"{cell:>9}" for cell in cells))
+    cfg: Config
+    words: dict  # setting -> how the label says it
+    runs: list  # {checkpoint: M} of each run
 
+    def label(self, *without):
+        return " ".join(word for key, word in self.words.items() if key not in without)
+
+    def stat(self, name, column):
+        """(mean, sample standard deviation, number of runs) of a checkpoint's column; None where no run has it."""
+        values = [run[name][column] for run in self.runs if run.get(name, {}).get(column) is not None]
+        return (np.mean(values), np.std(values, ddof=int(len(values) > 1)), len(values)) if values else None
+
+
+def by_setting(runs) -> list:
+    """Runs [(Config, results)] -> Settings in the order of their first run; labels name what sets them apart."""
+    groups = {}
     for cfg, results in runs:
-        ratio = "natural counts" if cfg.ir is None else f"IR {cfg.ir:g}"
-        method = cfg.method if cfg.aug == "none" else f"{cfg.method}+{cfg.aug}"
-        line(f"{cfg.data} {ratio} {cfg.arch} {method} seed {cfg.seed}", [COLUMNS[c] for c in shown])
-        for name, m in results["checkpoints"].items():
-            epoch = f" (epoch {m['epoch']})" if m.get("epoch") else ""
-            for label, row in ((f"  {name}{epoch}", m), ("    paper", paper_row(cfg, name))):
-                if row:
-                    line(label, ["-" if row.get(c) is None else f"{row[c]:.2f}" for c in shown])
-    tail, epochs = len(runs[0][1]["data"]["tail_classes"]), math.ceil(runs[0][0].epochs / 4)
-    lines.append(f"T-: the {tail} rarest of the classes. best: highest PGD-20 (natural: clean) of the last")
-    lines.append(f"{epochs} epochs, chosen on the test set as its baselines do; last: the last epoch.")
+        own = {**identity(cfg), "seed": None, "data_dir": cfg.data_dir if cfg.data == "folder" else None}
+        groups.setdefault(json.dumps(own), []).append((cfg, results["checkpoints"]))
+    owns, settings = [json.loads(key) for key in groups], []
+    for own, members in zip(owns, groups.values(), strict=True):
+        cfg = members[0][0]
+        words = {"data": cfg.data, "ir": "natural counts" if cfg.ir is None else f"IR {cfg.ir:g}", "arch": cfg.arch}
+        words["method"] = cfg.method if cfg.aug == "none" else f"{cfg.method}+{cfg.aug}"
+        rivals = [other for other in owns if all(other[k] == own[k] for k in (*words, "aug"))]
+        words |= {
+            k: f"{_dashed(k)} {'default' if own[k] is None else own[k]}"
+            for k in own
+            if any(other[k] != own[k] for other in rivals)
+        }
+        words["seed"] = f"seed {cfg.seed}" if len(members) == 1 else f"({len(members)} runs)"
+        settings.append(Setting(cfg, words, [checkpoints for _, checkpoints in members]))
+    return settings
+
+
+def welch_t(a, b):
+    """Welch's t statistic of two (mean, standard deviation, number), and its degrees of freedom (Welch-Satterthwaite);
+    None where it is undefined: fewer than two runs, or no spread."""
+    (mean_a, sd_a, n_a), (mean_b, sd_b, n_b) = a, b
+    u, v = sd_a**2 / n_a, sd_b**2 / n_b
+    if min(n_a, n_b) < 2 or u + v == 0:
+        return None
+    return (mean_a - mean_b) / math.sqrt(u + v), (u + v) ** 2 / (u**2 / (n_a - 1) + v**2 / (n_b - 1))
+
+
+def heading(column, cfg):
+    """A column's heading, with the steps of the evaluation's PGD."""
+    return COLUMNS[column].replace("20", str(cfg.eval_steps))
+
+
+def markdown(rows):
+    """Rows of cells, the first of them headings -> lines of an aligned table; two columns of text, then numbers."""
+    rows = [rows[0], ["---", "---"] + ["---:"] * (len(rows[0]) - 2), *rows[1:]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in padded]
+
+
+def table(runs) -> str:
+    """Runs [(Config, results)] as Markdown in the paper's layout: a line per checkpoint, mean and standard deviation
+    over the seeds, below it the paper's values and the gap; then Welch's t of the first setting that has several runs
+    against each other such setting."""
+    settings = by_setting(runs)
+    found = {c for s in settings for run in s.runs for m in run.values() for c in COLUMNS if m.get(c) is not None}
+    shown = [c for c in COLUMNS if c in found]
+    heads = [heading(c, runs[0][0]) for c in shown]
+    rows = [["setting", "checkpoint", *heads]]
+    for s in settings:
+        for name in dict.fromkeys(name for run in s.runs for name in run):
+            stats, epochs = [s.stat(name, c) for c in shown], {run.get(name, {}).get("epoch") for run in s.runs}
+            cells = [f"{t[0]:.2f}" + (f" ± {t[1]:.2f}" if t[2] > 1 else "") if t else "-" for t in stats]
+            epoch = epochs.pop() if len(epochs) == 1 else None
+            rows.append([s.label(), name + (f" (epoch {epoch})" if epoch else ""), *cells])
+            if evaluation_key(s.cfg) == "checkpoints" and (paper := paper_row(s.cfg, name)):
+                pairs = [(t, paper.get(c)) for c, t in zip(shown, stats, strict=True)]
+                rows.append(["", "paper", *("-" if p is None else f"{p:.2f}" for _, p in pairs)])
+                rows.append(["", "gap", *(f"{t[0] - p:+.2f}" if t and p is not None else "-" for t, p in pairs)])
+    lines = markdown(rows)
+    several = [s for s in settings if len(s.runs) > 1]
+    if len(several) > 1:
+        rows = [["Welch's t (degrees of freedom), best", "against", *heads]]
+        for other in several[1:]:
+            pairs = [(several[0].stat("best", c), other.stat("best", c)) for c in shown]
+            tests = [welch_t(*pair) if all(pair) else None for pair in pairs]
+            cells = [f"{t[0]:.2f} ({t[1]:.1f})" if t else "-" for t in tests]
+            rows.append([several[0].label(), other.label(), *cells])
+        lines += ["", *markdown(rows)]
+    tails = {f"{len(r['data']['tail_classes'])} of {len(r['data']['classes'])} ({cfg.data})" for cfg, r in runs}
+    threats = {f"{cfg.eval_eps:g}/255" for cfg, _ in runs}
+    lines += [
+        "",
+        f"In %; eps {', '.join(sorted(threats))}. T-: the rarest classes, {', '.join(sorted(tails))}. best: highest",
+    ]
+    lines += [
+        "PGD accuracy (natural: clean) of the last quarter of the epochs, chosen on the test set as the baselines do."
+    ]
     return "\n".join(lines)
+
+
+def read_run(path, cfg):
+    """(Config, results) of a run folder under the evaluation settings of `cfg`; UserError that says what it lacks."""
+    try:
+        own = Config(**json.loads((path / "config.json").read_text())["config"])
+        threat = dict(eval_eps=own.eps if cfg.eval_eps is None else cfg.eval_eps, eval_step_size=cfg.eval_step_size)
+        own = replace(own, eval_steps=cfg.eval_steps, stage="report", checkpoint=None, examples=None, **threat)
+        validate(replace(own, image_size=None))  # filled in for every data set
+        results = json.loads((path / "results.json").read_text())
+        shown = evaluations(own, results)
+        shown = {k: dict(m) for k, m in shown.items() if k.partition(",")[0] in ("teacher", "best", "last")}
+        for m, column in itertools.product(shown.values(), COLUMNS):
+            float(m.get(column) or 0)
+        if shown:
+            data = {k: list(results["data"][k]) for k in ("classes", "tail_classes")}
+            return own, {"checkpoints": shown, "data": data}
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        kind = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: config.json or results.json is damaged ({kind})") from None
+    raise UserError(f"{path} is not evaluated (--stage eval) at eps {own.eval_eps:g} in {own.eval_steps} steps")
+
+
+def write_report(runs, folder, figures=None, notes=()):
+    """Print the table of runs [(Config, results)] and the notes, write both to folder/report.md, and draw."""
+    text = "\n".join([table(runs), *notes])
+    print("\n" + text, flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "report.md", text + "\n")
+    if figures:
+        report_figures(by_setting(runs), figures)
+
+
+def report_runs(cfg):
+    """--stage report RUN...: one table over many run folders (globs too); the broken and unfinished ones are listed."""
+    paths = [
+        p for given in cfg.runs for p in (sorted(glob.glob(given)) or [given] if not os.path.exists(given) else [given])
+    ]
+    runs, left_out = [], []
+    for path in dict.fromkeys(pathlib.Path(p) for p in paths):
+        try:
+            runs.append(read_run(path, cfg))
+        except UserError as error:
+            left_out.append(str(error))
+    if not runs:
+        raise UserError(f"none of {len(left_out)} run folders can be shown: {'; '.join(left_out)}")
+    write_report(runs, pathlib.Path(cfg.out or "."), cfg.figures, [f"\nLeft out: {line}." for line in left_out])
+
+
+def new_figure(*size):
+    """An empty matplotlib Figure of that many inches; the only place that imports matplotlib. UserError without it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--figures needs matplotlib: pip install matplotlib") from None
+    return Figure(size, layout="constrained")
+
+
+def save_figure(figure, folder, name, **legend):
+    """Put the first panel's legend below, write folder/name as PNG and say so."""
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", **legend)
+    path, content = pathlib.Path(folder, name), io.BytesIO()
+    figure.savefig(content, dpi=150)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, content.getvalue())
+    print(f"figure {path}", flush=True)
+
+
+def report_figures(settings, folder):
+    """Draw the best checkpoints of Settings into folder: scatter.png (the paper's Figures 1 and 5), classes.png (8),
+    and ir.png (4), alpha.png and gamma.png (6, 7) where that takes several values and all else is equal. Error bars:
+    standard deviation over the seeds. Told apart by markers and dashes, not by colour."""
+    settings = [s for s in settings if s.stat("best", "clean") and s.stat("best", "pgd")]
+    if not settings:
+        raise UserError("--figures: no best checkpoint with clean and PGD accuracy to draw")
+    robust, cfg = "aa" if all(s.stat("best", "aa") for s in settings) else "pgd", settings[0].cfg
+    shapes = zip("os^Dv*P<>X" * 2, ("-", "--", "-.", ":") * 5, strict=True)
+    looks = [dict(marker=m, linestyle=d, color="k", mfc="w", ms=8, lw=1, capsize=3) for m, d in shapes]
+
+    def draw(ax, look, label, x, stats, **more):
+        means, spreads = zip(*((t[0], t[1]) if t else (math.nan, 0) for t in stats), strict=True)
+        ax.errorbar(x, means, spreads, label=label, **{**look, **more})
+
+    figure = new_figure(11, 5.5)
+    for ax, (a, b) in zip(figure.subplots(1, 2), (("clean", robust), ("tail_clean", "tail_pgd")), strict=True):
+        for s, look in zip(settings, itertools.cycle(looks)):
+            if x := s.stat("best", a):
+                draw(ax, look, s.label(), x[0], [s.stat("best", b)], xerr=x[1], linestyle="none")
+        ax.set(xlabel=f"{heading(a, cfg)} accuracy (%)", ylabel=f"{heading(b, cfg)} accuracy (%)")
+    save_figure(figure, folder, "scatter.png", ncols=2)
+    figure = new_figure(8, 5.5)
+    ax = figure.subplots()
+    for s, look in zip(settings, itertools.cycle(looks)):
+        runs = [np.array(run["best"][f"class_{robust}"]) for run in s.runs if "best" in run]
+        groups = np.array([[part.mean() for part in np.array_split(run, min(10, len(run)))] for run in runs])
+        stats = [(column.mean(), column.std(ddof=int(len(runs) > 1))) for column in groups.T]
+        draw(ax, look, s.label(), range(1, len(stats) + 1), stats)
+    ax.set(xlabel="group of classes, most to least frequent", ylabel=f"{heading(robust, cfg)} accuracy (%)")
+    save_figure(figure, folder, "classes.png", ncols=1)
+    for key, name in (("ir", "imbalance ratio"), ("alpha", "alpha"), ("gamma", "gamma")):
+        families = {}
+        for s in settings:
+            x = max(1.0, s.cfg.ir / 2) if key == "gamma" and s.cfg.gamma is None and s.cfg.ir else getattr(s.cfg, key)
+            if x is not None:
+                family = json.dumps({**identity(s.cfg), "seed": None, key: None})
+                families.setdefault(family, []).append((x, s))
+        families = [sorted(f, key=lambda pair: pair[0]) for f in families.values() if len(f) > 1]
+        if not families:
+            continue
+        figure = new_figure(11, 5.5)
+        for ax, tail, who in zip(figure.subplots(1, 2), ("", "tail_"), ("overall", "tail classes"), strict=True):
+            pairs = itertools.product(families, ("clean", "pgd"))
+            for (family, column), look in zip(pairs, itertools.cycle(looks)):
+                label = f"{family[0][1].label(key, 'seed')}, {heading(column, cfg)}"
+                draw(ax, look, label, [x for x, _ in family], [s.stat("best", tail + column) for _, s in family])
+            ax.set(xlabel=name, ylabel=f"accuracy (%), {who}", xscale="log" if key == "ir" else "linear")
+            ticks = sorted({x for family in families for x, _ in family})
+            ax.set_xticks(ticks, [f"{x:g}" for x in ticks], minor=False)
+            ax.minorticks_off()
+        save_figure(figure, folder, f"{key}.png", ncols=2)
+
+
+# ==========================================================================================================
+# 12  Theory
+# ==========================================================================================================
+# Eq. (2): y = +1 (head) with probability r / (r + 1), else -1 (tail); x ~ N(eta * y, I) in n dimensions: eta
+# places the two means, the standard deviation is 1. The keys below: classifier, then clean or attacked error.
+TAIL_ERRORS = ("nat_std", "nat_rob", "rob_std", "rob_rob")
+
+
+def theorem1(n, eta, eps, r):
+    """Theorem 1 (eq. 4-5): tail errors of the optimal natural and the optimal robust linear classifier.
+
+    n: dimension, a whole number >= 1. eta, eps: floats, 0 <= eps < eta; the attack moves a coordinate by at
+    most eps. r: imbalance ratio >= 1. Returns a dict of floats: nat_std, nat_rob, rob_std, rob_rob in [0, 1],
+    and the biases b_nat, b_rob (eq. 11, 16), which belong to w = (1, ..., 1) / sqrt(n). At eps = 0 or r = 1
+    the two classifiers are one. ValueError outside these ranges."""
+    if n != int(n) or n < 1:
+        raise ValueError(f"n is {n}; the dimension must be a whole number of at least 1")
+    if not 1 <= r < math.inf:
+        raise ValueError(f"r is {r}; the imbalance ratio head / tail must be at least 1 and finite")
+    if not 0 <= eps < eta < math.inf:
+        raise ValueError(f"eps is {eps} and eta is {eta}; Theorem 1 needs 0 <= eps < eta")
+    margins, out = {"std": math.sqrt(n) * eta, "rob": math.sqrt(n) * (eta - eps)}, {}
+    for classifier, kind in (("nat", "std"), ("rob", "rob")):  # each is optimal for its own margin
+        b = out[f"b_{classifier}"] = math.log(r) / (2 * margins[kind])
+        for error, margin in margins.items():
+            out[f"{classifier}_{error}"] = 0.5 * math.erfc((margin - b) / math.sqrt(2))  # Phi(b - margin)
+    return out
+
+
+def theory_sampled(n, eta, eps, r, samples, generator):
+    """The four tail errors of `theorem1` by Monte Carlo: its classifiers on `samples` tail points of eq. (2).
+
+    generator: CPU torch.Generator. The attack is exact, x + eps: w > 0 and y = -1. Returns a dict of floats;
+    an error p has standard error sqrt(p (1 - p) / samples). ValueError as in `theorem1`."""
+    optimal, out = theorem1(n, eta, eps, r), {}
+    x = torch.randn(samples, n, generator=generator, dtype=torch.float64) - eta
+    for key in TAIL_ERRORS:
+        attacked = x + (eps if key.endswith("rob") else 0.0)
+        wrong = attacked.sum(1) / math.sqrt(n) + optimal[f"b_{key[:3]}"] > 0
+        out[key] = wrong.double().mean().item()
+    return out
+
+
+def _linear_tail_errors(theta, eta, eps):
+    """Clean and attacked tail error, float64 [2], of sign(w.x + b), theta = (w, b): exact for any w and b."""
+    w, b = theta[:-1], theta[-1]
+    clean = b - eta * w.sum()
+    return torch.special.ndtr(torch.stack([clean, clean + eps * w.abs().sum()]) / w.norm())
+
+
+def theory_trained(n, eta, eps, r, samples, generator):
+    """The same by training: logistic regression on `samples` points of eq. (2), natural and adversarial.
+
+    Newton's method, float64, full batch; the inner maximum is exact, x - eps * y * sign(w), and so are the
+    errors of the trained (w, b). Theorem 1's classifiers minimise the population's logistic loss: eq. (2) has
+    linear log-odds, 2 eta sum(x) + ln r, and the attack on w > 0 turns eta into eta - eps. So only sampling
+    error is left; "se" is its standard error (delta method). Returns the keys of `theorem1`, biases divided
+    by |w|, and "se", a dict of the four errors'. ValueError as in `theorem1`; RuntimeError if there is no
+    finite minimum (a separable sample) or it has some w at 0 (eps too near eta)."""
+    theorem1(n, eta, eps, r)  # for its checks
+    y = (torch.rand(samples, 1, generator=generator, dtype=torch.float64) < r / (r + 1)) * 2.0 - 1
+    x = torch.randn(samples, n, generator=generator, dtype=torch.float64) + eta * y
+    out = {"se": {}}
+    for classifier, reach in (("nat", 0.0), ("rob", eps)):
+        theta = torch.zeros(n + 1, dtype=torch.float64)
+        for _ in range(50):
+            signed = torch.cat([y * x - reach * theta[:-1].sign(), y], 1)  # y times attacked (x, 1)
+            p = torch.sigmoid(-signed @ theta)  # probability of the wrong class
+            hessian = (signed.T * (p * (1 - p))) @ signed
+            step = torch.linalg.solve_ex(hessian, signed.T @ p)[0]
+            theta = theta + step
+            if step.norm() < 1e-9 * theta.norm():
+                break
+        else:
+            raise RuntimeError(f"logistic regression on {samples} points did not converge; draw more samples")
+        slope = torch.autograd.functional.jacobian(lambda t: _linear_tail_errors(t, eta, eps), theta)
+        spread = (slope @ torch.linalg.inv(hessian) @ slope.T).diagonal().sqrt()  # [2]
+        keys = (f"{classifier}_std", f"{classifier}_rob")
+        out.update(zip(keys, _linear_tail_errors(theta, eta, eps).tolist(), strict=True))
+        out["se"].update(zip(keys, spread.tolist(), strict=True))
+        out[f"b_{classifier}"] = (theta[-1] / theta[:-1].norm()).item()
+    return out
+
+
+def theory(n=2, eta=1.0, eps=0.5, ratios=(1, 2, 5, 10, 50), samples=400_000, seed=0):
+    """Section 3 and appendix A as text: closed form, sampled, trained side by side, then what they show.
+
+    Arguments as for `theory_trained`; ratios: imbalance ratios. Returns the table and three checks that end
+    in yes or NO (Corollary 1 is strict for r > 1, eps > 0). Seconds on a CPU. Raises as `theory_trained`."""
+    generator, ratios, runs, se = torch.Generator().manual_seed(seed), sorted(ratios), [], []
+    lines = [
+        f"Tail errors of eq. (2) in %; n {n}, eta {eta:g}, eps {eps:g}, {samples:,} samples, seed {seed}",
+        f"{'':14}|{'bias at |w| = 1':^18}|{'clean error':^26}|{'error under attack':^26}|",
+        f"{'IR':>4} {'training':9}|  closed  trained |" + "  closed sampled  trained |" * 2,
+    ]
+    for r in ratios:
+        closed, args = theorem1(n, eta, eps, r), (n, eta, eps, r, samples, generator)
+        sampled, trained = theory_sampled(*args), theory_trained(*args)
+        runs.append([[source[k] for k in TAIL_ERRORS] for source in (closed, sampled, trained)])
+        binomial = [math.sqrt(closed[k] * (1 - closed[k]) / samples) for k in TAIL_ERRORS]
+        se.append([binomial, [trained["se"][k] for k in TAIL_ERRORS]])
+        for name, key in (("natural", "nat"), ("advers.", "rob")):
+            line = f"{r:4g} {name:9}|{closed['b_' + key]:8.4f}{trained['b_' + key]:9.4f} |"
+            for k in (key + "_std", key + "_rob"):
+                line += f"{100 * closed[k]:8.2f}{100 * sampled[k]:8.2f}{100 * trained[k]:9.2f} |"
+            lines.append(line)
+    error = torch.tensor(runs, dtype=torch.float64)  # [IR, (closed, sampled, trained), 4]
+    worst = ((error[:, 1:] - error[:, :1]) / torch.tensor(se, dtype=torch.float64)).abs().max()
+    gap, strict = error[..., 3] - error[..., 1], torch.tensor([r > 1 and eps > 0 for r in ratios])
+    gaps = ", ".join(f"{100 * g:.2f} at IR {r:g}" for r, g in zip(ratios, gap[:, 0], strict=True))
+    corollary = (gap[strict] > 0).all() and (gap[~strict, 0] == 0).all()
+    checks = {
+        "Every tail error grows with IR": (error.diff(dim=0) > 0).all(),
+        f"Attacked tail worse after adversarial training (points: {gaps})": corollary,
+        f"Sampled and trained agree with the closed form (farthest {worst:.1f} standard errors)": worst < 4,
+    }
+    return "\n".join(lines + [f"{claim}: {'yes' if holds else 'NO'}" for claim, holds in checks.items()])
+
+
+def theory_figures(folder, eta=1.0, eps=0.5, seed=0):
+    """Draw the paper's Figures 2 and 3 (n = 2) into folder: figure2.png, 500 points of eq. (2) at IR 1, 2, 5 and the
+    optimal boundaries x1 + x2 = -sqrt(2) b; figure3.png, tail accuracy against IR, lines in closed form, circles
+    trained on 100,000 points. Told apart by dashes and markers. Raises as `theory_trained`; UserError without
+    matplotlib."""
+    generator = torch.Generator().manual_seed(seed)
+    figure = new_figure(11, 4.4)
+    for ax, r in zip(figure.subplots(1, 3, sharey=True), (1, 2, 5), strict=True):
+        y = (torch.rand(500, generator=generator) < r / (r + 1)) * 2 - 1
+        x = torch.randn(500, 2, generator=generator) + eta * y[:, None]
+        for label, marker, grey, name in ((1, "o", "0.8", "head, y = +1"), (-1, "x", "0.3", "tail, y = -1")):
+            ax.scatter(*x[y == label].T.numpy(), s=16, marker=marker, color=grey, label=name)
+        for key, grey, dash, name in (("b_nat", "0.5", "-", "natural"), ("b_rob", "0", "--", "adversarial")):
+            at = -math.sqrt(2) * theorem1(2, eta, eps, r)[key]  # at IR 1 both are one: black dashes on grey
+            ax.plot([-5, 5], [at + 5, at - 5], dash, color=grey, linewidth=3, label=f"{name} training")
+        ax.set(title=f"IR {r}", xlabel="$x_1$", ylabel="$x_2$", xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
+    save_figure(figure, folder, "figure2.png", ncols=4)
+    figure = new_figure(6, 5)
+    ax, ratios = figure.subplots(), (1, 2, 5, 10, 20, 50)
+    trained = [theory_trained(2, eta, eps, r, 100_000, generator) for r in ratios]
+    smooth = [50 ** (i / 40) for i in range(41)]
+    names = [f"{a} training, {b}" for a in ("natural", "adversarial") for b in ("clean", "attacked")]
+    for key, dash, name in zip(TAIL_ERRORS, ("-", "-.", "--", ":"), names, strict=True):
+        ax.plot(smooth, [100 - 100 * theorem1(2, eta, eps, r)[key] for r in smooth], "k" + dash, label=name)
+        ax.plot(ratios, [100 - 100 * t[key] for t in trained], "ko", mfc="white")
+    ax.set(xscale="log", xlabel="imbalance ratio", ylabel="tail class accuracy (%)", ylim=(0, 100))
+    ax.set_xticks(ratios, [str(r) for r in ratios])
+    ax.minorticks_off()
+    save_figure(figure, folder, "figure3.png", title="circles: trained", ncols=2)
 
 
 # ==========================================================================================================
@@ -2816,6 +3196,12 @@ def stage_eval(cfg, run, data):
         began, method = time.perf_counter(), cfg.teacher_method if name == "teacher" else cfg.method
         model = build_model(cfg.arch, len(data.classes), METHODS[method].head)
         epoch, digest = load_weights(model, path), f"{zlib.crc32(path.read_bytes()):08x}"
+        counts = teacher_phase(cfg, data).counts if name == "teacher" else data.counts
+        model = (model if name.endswith("as trained") else with_evaluation_head(model, counts)).to(cfg.device)
+        if cfg.examples:
+            file = run.path / f"examples-{path.stem}{'-as-trained' * name.endswith('as trained')}.png"
+            threat = {k: settings[k] for k in ("eps", "step_size", "steps", "seed")}
+            save_examples(file, FrozenCopy(model), data.test_images, data.test_labels, cfg.examples, run.log, **threat)
         there = evaluations(cfg, run.results())
         entry = there.get(name, {})
         entry = entry if entry.get("crc32") == digest else {"epoch": epoch, "crc32": digest}
@@ -2826,9 +3212,7 @@ def stage_eval(cfg, run, data):
         state = SavedState(run.path / "aa.pt", key)
         run.log(f"evaluating {name}: {', '.join(missing)}")
         options = dict(settings, attacks=missing, log=run.log, state=state)
-        counts = teacher_phase(cfg, data).counts if name == "teacher" else data.counts
-        model = model if name.endswith("as trained") else with_evaluation_head(model, counts)
-        nets = FrozenCopy(model.to(cfg.device), AMP_DTYPE[cfg.amp]), FrozenCopy(model.to(cfg.device))
+        nets = FrozenCopy(model, AMP_DTYPE[cfg.amp]), FrozenCopy(model)
         if cfg.compile == "on":
             nets = tuple(net.speed_up(EVAL_BATCH) for net in nets)
         entry |= evaluate(model, data.test_images, data.test_labels, nets=nets, **options)
@@ -2851,8 +3235,8 @@ def stage_report(cfg, run):
     if not shown:
         raise UserError(f"{run.path} holds no such evaluation: make one with --stage eval")
     results = {**results, "checkpoints": shown}
-    key = evaluation_key(cfg)
-    run.log("\n" + (f"{key}\n" if key != "checkpoints" else "") + table([(cfg, results)]))
+    run.log("\n" + table([(cfg, results)]), quiet=True)
+    write_report([(cfg, results)], run.path, cfg.figures)
     return cfg, results
 
 
@@ -2914,20 +3298,44 @@ def run_one(cfg, argv):
     return stage_report(cfg, run)
 
 
+def stage_runs(cfg, argv):
+    """One run per element of the comma lists' product, then the table of all of them."""
+    configs, parent = [resolve(one) for one in expand(cfg)], pathlib.Path(cfg.out or "runs")
+    if len(configs) > 1:
+        configs = [replace(one, out=str(parent / run_name(one)), figures=None) for one in configs]
+    done = [run_one(one, argv) for one in configs]
+    if len(done) > 1 and all(done):
+        write_report(done, parent, cfg.figures)
+
+
+def stage_theory(cfg):
+    """Print section 3 and appendix A in numbers, write them to theory.md where --out names a folder, and draw."""
+    ratios = cfg.ir if isinstance(cfg.ir, tuple) else (cfg.ir,) if cfg.ir else (1, 2, 5, 10, 50)
+    text = theory(ratios=ratios, seed=expand(cfg)[0].seed)
+    print(text, flush=True)
+    if cfg.out:
+        pathlib.Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        write_atomic(pathlib.Path(cfg.out, "theory.md"), f"```\n{text}\n```\n")
+    if cfg.figures:
+        theory_figures(cfg.figures)
+
+
 def main(argv=None) -> int:
     """The command line: one run per element of the comma lists' product. Returns the exit code: 0, 2 for an error of
     the user's (one line on stderr), 1 for one of ours."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        configs = [resolve(one) for one in expand(parse_args(argv))]
-        if configs[0].stage == "bench":
-            stage_bench(configs[0])
-            return 0
-        if len(configs) > 1 and configs[0].out:
-            configs = [replace(one, out=str(pathlib.Path(one.out, run_name(one)))) for one in configs]
-        done = [run_one(one, argv) for one in configs]
-        if len(done) > 1 and all(done):
-            print("\n" + table(done), flush=True)
+        cfg = parse_args(argv)
+        if cfg.figures:
+            new_figure(1, 1)  # say now, not after days, that matplotlib is missing
+        if cfg.stage == "theory":
+            stage_theory(cfg)
+        elif cfg.runs:
+            report_runs(cfg)
+        elif cfg.stage == "bench":
+            stage_bench(resolve(expand(cfg)[0]))
+        else:
+            stage_runs(cfg, argv)
         return 0
     except Exception as error:
         if "--debug" in argv:

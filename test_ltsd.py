@@ -1993,6 +1993,35 @@ def test_evaluate_leaves_the_model_and_global_randomness_alone():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_examples_grid(finished, tmp_path, capsys):
+    import shutil
+
+    run = shutil.copytree(finished, tmp_path / "a")
+    args = [*TINY, "--out", str(run), "--stage", "eval", "--examples", "5", "--eval-steps", "3"]
+    assert ltsd.main(args) == 0
+    said = capsys.readouterr().out
+    data = ltsd.load_data(ltsd.resolve(ltsd.parse_args(TINY)))
+    index = torch.linspace(0, len(data.test_labels) - 1, 5).long()
+    for name in ("teacher", "best", "last"):
+        line = next(line for line in said.split("\n") if f"examples-{name}.png" in line)
+        grid = np.asarray(Image.open(run / f"examples-{name}.png")).astype(int)
+        assert grid.shape == (2 * 34 + 2, 12 * 34 + 2, 3)  # torchvision's two pixels of padding
+        tiles = [grid[2 + 34 * (i // 12) :][:32, 2 + 34 * (i % 12) :][:, :32] for i in range(15)]
+        net = ltsd.build_model("resnet8", 10)
+        ltsd.load_weights(net, run / f"{name}.pt")
+        for i, (label, clean, attacked) in enumerate(re.findall(r"(\d+): (\d+) > (\d+)", line)):
+            x, adv, difference = tiles[3 * i : 3 * i + 3]
+            assert np.array_equal(x, data.test_images[index[i]].permute(1, 2, 0).numpy())
+            assert 0 < abs(adv - x).max() <= 8
+            assert abs(difference - (127.5 + 10 * (adv - x)).clip(0, 255)).max() <= 11  # adv is rounded to 1/255
+            assert int(label) == data.test_labels[index[i]]
+            with torch.no_grad():
+                guess = net.eval()(ltsd.to_float(data.test_images[index[i] : index[i] + 1])).argmax().item()
+            assert int(clean) == guess and 0 <= int(attacked) < 10
+        assert i == 4
+    assert ltsd.main([*TINY, "--examples", "5", "--stage", "teacher"]) == 2
+
+
 # 11  Report ------------------------------------------------------------------------------
 
 
@@ -2006,14 +2035,358 @@ def test_paper_rows():
     assert all(len(c) == 15 for c in cells) and len({tuple(c[1:5]) for c in cells}) == len(cells)
 
 
-def test_table_sets_the_papers_numbers_below_ours():
-    m = dict(clean=50.0, pgd=20.0, tail_clean=30.0, tail_pgd=10.0, epoch=99)
-    cfg = ltsd.resolve(ltsd.Config(method="at-bsl"))
-    lines = ltsd.table([(cfg, {"checkpoints": {"best": m}, "data": {"tail_classes": list(range(90, 100))}})]).split(
-        "\n"
-    )
-    assert lines[1].split() == ["best", "(epoch", "99)", "50.00", "20.00", "30.00", "10.00"]
-    assert lines[2].split() == ["paper", "45.38", "18.04", "33.10", "12.40"]
+def fake_run(folder, numbers, **changes):
+    """A run folder as a finished run leaves it; numbers: clean, PGD-20, T-clean, T-PGD of best."""
+    cfg = ltsd.resolve(ltsd.Config(**changes))
+    m = dict(zip(("clean", "pgd", "tail_clean", "tail_pgd"), numbers, strict=True))
+    m |= dict(epoch=99, class_clean=[m["clean"]] * 9 + [m["tail_clean"]], class_pgd=[m["pgd"]] * 9 + [m["tail_pgd"]])
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"config": ltsd.asdict(cfg)}))
+    data = dict(classes=list("abcdefghij"), tail_classes=[9])
+    (folder / "results.json").write_text(json.dumps({"data": data, "checkpoints": {"best": m}}))
+    return folder
+
+
+def cells(lines):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+
+
+def test_report_sets_the_papers_value_and_the_gap_below_ours(tmp_path, capsys):
+    run = fake_run(tmp_path / "a", (50, 20, 30, 10), method="at-bsl", data="cifar10")
+    assert ltsd.main(["--stage", "report", str(run), "--out", str(tmp_path)]) == 0
+    rows = cells(capsys.readouterr().out.split("\n"))
+    assert rows[0] == ["setting", "checkpoint", "clean", "PGD-20", "T-clean", "T-PGD"]
+    assert rows[2] == ["cifar10 IR 50 resnet18 at-bsl seed 0", "best (epoch 99)", "50.00", "20.00", "30.00", "10.00"]
+    assert rows[3:] == [
+        ["", "paper", "68.43", "35.87", "63.20", "22.00"],
+        ["", "gap", "-18.43", "-15.87", "-33.20", "-12.00"],
+    ]
+
+
+def test_report_of_seeds_gives_mean_deviation_and_welch(tmp_path, capsys):
+    clean = {"ltsd": (46.13, 46.57, 46.47, 46.59, 46.01), "at-bsl": (45.0, 45.4)}  # the first: the paper's Table 10
+    for method, values in clean.items():
+        for seed, value in enumerate(values):
+            fake_run(tmp_path / f"{method}{seed}", (value, 20, 30, 10 + seed), method=method, seed=seed)
+    fake_run(tmp_path / "one", (1, 2, 3, 4), method="trades")
+    order = [str(tmp_path / "lts*"), str(tmp_path / "at-bsl?"), str(tmp_path / "one"), str(tmp_path / "ltsd0")]
+    assert ltsd.main(["--stage", "report", *order, "--out", str(tmp_path / "new")]) == 0
+    said = capsys.readouterr().out
+    rows = cells(said.split("\n"))
+    by_label = {row[0]: row for row in rows[:-1] if row[0]}
+    assert by_label["cifar100 IR 10 resnet18 ltsd (5 runs)"][2] == "46.35 ± 0.27"  # as the paper has it
+    assert by_label["cifar100 IR 10 resnet18 at-bsl (2 runs)"][2] == "45.20 ± 0.28"
+    assert by_label["cifar100 IR 10 resnet18 trades seed 0"][2] == "1.00"
+    welch = rows[-1]
+    assert welch[:2] == ["cifar100 IR 10 resnet18 ltsd (5 runs)", "cifar100 IR 10 resnet18 at-bsl (2 runs)"]
+    a, b = (np.array(v) for v in clean.values())
+    u, v = a.var(ddof=1) / 5, b.var(ddof=1) / 2
+    t, df = (a.mean() - b.mean()) / math.sqrt(u + v), (u + v) ** 2 / (u**2 / 4 + v**2 / 1)
+    assert welch[2:] == [f"{t:.2f} ({df:.1f})", "-", "-", "1.73 (4.5)"]  # no spread: undefined
+    assert (tmp_path / "new" / "report.md").read_text().strip() == said.strip()
+
+
+def test_welch_by_hand():
+    t, df = ltsd.welch_t((10.0, 2.0, 4), (7.0, 1.0, 9))  # u = 1, v = 1/9
+    assert t == pytest.approx(3 / math.sqrt(10 / 9)) and df == pytest.approx((10 / 9) ** 2 / (1 / 3 + 1 / 648))
+    assert ltsd.welch_t((10.0, 0.0, 1), (7.0, 1.0, 9)) is None and ltsd.welch_t((1.0, 0.0, 2), (7.0, 0.0, 2)) is None
+
+
+def test_report_lists_what_it_cannot_show(tmp_path, capsys):
+    good = fake_run(tmp_path / "good", (50, 20, 30, 10))
+    broken = {name: fake_run(tmp_path / name, (50, 20, 30, 10)) for name in "abcdefg"}
+    (broken["a"] / "config.json").write_text("{")
+    (broken["b"] / "results.json").unlink()
+    (broken["c"] / "results.json").write_text(json.dumps({"seconds": {"teacher": 3}}))
+    (broken["d"] / "results.json").write_text(json.dumps({"checkpoints": {"best": {"clean": "many"}}}))
+    (broken["e"] / "config.json").write_text(json.dumps({"config": {"colour": 3}}))
+    (broken["f"] / "config.json").write_text(json.dumps({"config": {"method": "magic"}}))
+    (broken["g"] / "results.json").write_text("[]")
+    paths = [str(p) for p in (good, *broken.values(), tmp_path / "none*")]
+    assert ltsd.main(["--stage", "report", *paths, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    left = [line for line in said.split("\n") if line.startswith("Left out: ")]
+    assert len(left) == 8 and all(any(str(p) in line for line in left) for p in (*broken.values(), tmp_path / "none*"))
+    assert "50.00" in said and "is not evaluated (--stage eval) at eps 8" in said and "'magic'" in said
+    assert ltsd.main(["--stage", "report", *paths[1:]]) == 2
+    assert capsys.readouterr().err.startswith("ltsd: error: none of 8 run folders can be shown: ")
+
+
+def test_report_of_another_threat(finished, tmp_path, capsys):
+    """--eval-eps picks the evaluation; the paper's numbers, made at 8/255, do not stand beside it."""
+    run = fake_run(tmp_path / "a", (50, 20, 30, 10))
+    results = json.loads((run / "results.json").read_text())
+    results["evaluations"] = {"eps 2 step 2 steps 10": {"best": {**results["checkpoints"]["best"], "pgd": 33.0}}}
+    (run / "results.json").write_text(json.dumps(results))
+    words = ["--stage", "report", str(run), "--out", str(tmp_path)]
+    assert ltsd.main([*words, "--eval-eps", "2", "--eval-steps", "10"]) == 0
+    said = capsys.readouterr().out
+    assert "33.00" in said and "PGD-10" in said and "eps 2/255" in said and "paper" not in cells(said.split("\n"))[-1]
+    assert ltsd.main([*words, "--eval-eps", "3"]) == 2
+
+
+def test_comma_lists_end_in_one_report(tmp_path, capsys):
+    args = [*TINY[:-4], "--device", "cpu", "--method", "natural,pgd-at", "--seed", "0,1", "--epochs", "1"]
+    assert ltsd.main([*args, "--steps", "1", "--eval-steps", "1", "--out", str(tmp_path)]) == 0
+    rows = cells((tmp_path / "report.md").read_text().split("\n"))
+    assert [row[0] for row in rows if row[1] == "best (epoch 1)"] == [
+        f"synthetic IR 3 resnet8 {m} (2 runs)" for m in ("natural", "pgd-at")
+    ]
+    assert rows[-1][0].endswith("natural (2 runs)") and len(list(tmp_path.glob("*/report.md"))) == 4
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_figures(tmp_path, capsys):
+    figure = pytest.importorskip("matplotlib.figure")
+    changed = [dict(alpha=10.0), dict(alpha=20.0), dict(gamma=2.0), dict(gamma=1.0), dict(ir=50.0), {}]
+    for i, changes in enumerate(changed):
+        fake_run(tmp_path / f"r{i}", (50 + i, 20, 30, 10), **changes)
+    fake_run(tmp_path / "rs", (48, 21, 33, 11), alpha=10.0, seed=1)
+    drawn, real = {}, figure.Figure.savefig
+
+    def savefig(self, *args, **options):
+        names = [[t.get_text() for t in legend.get_texts()] for legend in self.legends]
+        panels = [
+            (ax.get_xlabel(), ax.get_ylabel(), [c.lines[0].get_xydata().tolist() for c in ax.containers])
+            for ax in self.axes
+        ]
+        drawn[len(drawn)] = (names[0], panels)
+        return real(self, *args, **options)
+
+    figure.Figure.savefig = savefig
+    try:
+        args = ["--stage", "report", str(tmp_path / "r*"), "--figures", str(tmp_path / "f"), "--out", str(tmp_path)]
+        assert ltsd.main(args) == 0
+        assert ltsd.main(["--stage", "theory", "--ir", "1,2", "--figures", str(tmp_path / "f")]) == 0
+    finally:
+        figure.Figure.savefig = real
+    said = capsys.readouterr().out
+    names = ["scatter", "classes", "ir", "alpha", "gamma", "figure2", "figure3"]
+    for name in names:
+        assert f"figure {tmp_path / 'f' / name}.png" in said
+        assert (tmp_path / "f" / f"{name}.png").read_bytes()[:8] == PNG
+    scatter, classes, ir, alpha, gamma = (drawn[i] for i in range(5))
+    assert scatter[1][0][0] == "clean accuracy (%)" and [[49, 20.5]] in scatter[1][0][2]  # two seeds: their mean
+    assert classes[1][0][2][1] == [[i, 20.0] for i in range(1, 10)] + [[10, 10.0]]
+    assert ir[1][0][2][0] == [[10, 55], [50, 54]]
+    assert alpha[1][0][2][0] == [[10, 49], [20, 51], [40, 55]] and alpha[1][1][1] == "accuracy (%), tail classes"
+    assert gamma[1][0][2][0] == [[1, 53], [2, 52], [5, 55]] and all("gamma" not in name for name in gamma[0])
+
+
+def test_figures_without_matplotlib_say_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for stage in ("theory", "report", "all"):
+        assert ltsd.main(["--data", "synthetic", "--stage", stage, "--figures", str(tmp_path / "f")]) == 2
+        assert capsys.readouterr().err == "ltsd: error: --figures needs matplotlib: pip install matplotlib\n"
+    assert "matplotlib" not in sys.modules or not list(tmp_path.iterdir())
+
+
+# 12  Theory ------------------------------------------------------------------------------
+
+LINEAR = [(2, 1.0, 0.5, 5), (1, 0.7, 0.2, 10), (7, 0.4, 0.1, 3), (2, 1.0, 0.0, 50)]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def phi(z):
+    return torch.special.ndtr(torch.as_tensor(z, dtype=torch.float64))
+
+
+def overall_error(w, b, eta, eps, r):
+    """Eq. (9) and (14) for any weights: both classes, worst case within eps. w: float64 [..., n]."""
+    margin, norm = eta * w.sum(-1) - eps * w.abs().sum(-1), w.norm(dim=-1)
+    return (r * phi(-(margin + b) / norm) + phi(-(margin - b) / norm)) / (r + 1)
+
+
+@pytest.mark.parametrize("n, eta, eps, r", LINEAR)
+def test_theorem1_is_eq_4_5_11_16(n, eta, eps, r):
+    t, root = ltsd.theorem1(n, eta, eps, r), math.sqrt(n)
+    b_nat, b_rob = math.log(r) / (2 * root * eta), math.log(r) / (2 * root * (eta - eps))
+    expected = {
+        "nat_std": phi(-root * eta + b_nat),
+        "nat_rob": phi(-root * (eta - eps) + b_nat),
+        "rob_std": phi(-root * eta + b_rob),
+        "rob_rob": phi(-root * (eta - eps) + b_rob),
+    } | {"b_nat": b_nat, "b_rob": b_rob}
+    assert set(t) == set(expected)
+    for key, value in expected.items():
+        assert t[key] == pytest.approx(float(value), rel=1e-12), key
+
+
+def test_theorem1_by_hand():
+    t = ltsd.theorem1(1, 2.0, 1.0, 1)
+    assert t["b_nat"] == t["b_rob"] == 0
+    assert t["nat_std"] == pytest.approx(0.022750131948179, rel=1e-12)  # Phi(-2)
+    assert t["rob_rob"] == pytest.approx(0.158655253931457, rel=1e-12)  # Phi(-1)
+    assert 0 < ltsd.theorem1(400, 1.0, 0.1, 1)["nat_std"] < 1e-80  # far tail: no rounding to 0
+
+
+@pytest.mark.parametrize("n, eta, eps, r", LINEAR)
+@pytest.mark.parametrize("key", ["b_nat", "b_rob"])
+def test_the_optimal_classifiers_beat_every_other_linear_classifier(n, eta, eps, r, key):
+    """Independent of the proof: no bias on a grid, and no other weights with their best bias, are better."""
+    b, eps = ltsd.theorem1(n, eta, eps, r)[key], eps if key == "b_rob" else 0.0
+    flat = torch.full((n,), 1 / math.sqrt(n), dtype=torch.float64)
+    best = overall_error(flat, b, eta, eps, r)
+    grid = torch.linspace(-8, 30, 38_001, dtype=torch.float64)
+    errors = overall_error(flat, grid, eta, eps, r)
+    assert best <= errors.min() and abs(grid[errors.argmin()] - b) <= 0.002
+    w = torch.randn(3_000, n, generator=generator(), dtype=torch.float64)
+    w = w / w.norm(dim=1, keepdim=True)
+    coarse = torch.linspace(-8, 30, 381, dtype=torch.float64)
+    assert best <= overall_error(w[:, None], coarse, eta, eps, r).min() + 1e-15
+
+
+def test_degenerate_cases_and_corollary_1():
+    for n, eta, eps, r in [(2, 1.0, 0.0, 50), (2, 1.0, 0.5, 1), (3, 0.5, 0.0, 1)]:
+        t = ltsd.theorem1(n, eta, eps, r)
+        assert t["nat_std"] == t["rob_std"] and t["nat_rob"] == t["rob_rob"] and t["b_nat"] == t["b_rob"]
+    previous = ltsd.theorem1(2, 1.0, 0.5, 1)
+    for r in (1.001, 2, 5, 10, 50, 1000):
+        t = ltsd.theorem1(2, 1.0, 0.5, r)
+        assert t["rob_rob"] > t["nat_rob"] and t["rob_std"] > t["nat_std"]
+        assert all(t[key] > previous[key] for key in t)
+        previous = t
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ((0, 1.0, 0.5, 2), "n is 0"),
+        ((1.5, 1.0, 0.5, 2), "n is 1.5"),
+        ((2, 1.0, 0.5, 0.5), "r is 0.5; the imbalance ratio"),
+        ((2, 1.0, 0.5, math.inf), "r is inf"),
+        ((2, 1.0, 0.5, math.nan), "r is nan"),
+        ((2, 1.0, 1.0, 2), "eps is 1.0 and eta is 1.0; Theorem 1 needs 0 <= eps < eta"),
+        ((2, 1.0, -0.1, 2), "eps is -0.1"),
+        ((2, -1.0, 0.0, 2), "eta is -1.0"),
+        ((2, math.nan, 0.0, 2), "eta is nan"),
+    ],
+)
+def test_errors_name_the_value_and_what_is_allowed(args, message):
+    with pytest.raises(ValueError, match=message):
+        ltsd.theorem1(*args)
+    for function in (ltsd.theory_sampled, ltsd.theory_trained):
+        with pytest.raises(ValueError, match=message):
+            function(*args, 100, generator())
+
+
+@pytest.mark.parametrize("n, eta, eps, r", LINEAR)
+def test_sampling_agrees_with_the_closed_form(n, eta, eps, r):
+    closed, samples = ltsd.theorem1(n, eta, eps, r), 200_000
+    sampled = ltsd.theory_sampled(n, eta, eps, r, samples, generator(1))
+    assert list(sampled) == list(ltsd.TAIL_ERRORS)
+    for key, p in sampled.items():
+        assert abs(p - closed[key]) < 4 * math.sqrt(closed[key] * (1 - closed[key]) / samples), key
+    assert sampled == ltsd.theory_sampled(n, eta, eps, r, samples, generator(1))
+
+
+@pytest.mark.parametrize("n, eta, eps, r", LINEAR)
+def test_training_agrees_with_the_closed_form(n, eta, eps, r):
+    closed, state = ltsd.theorem1(n, eta, eps, r), torch.random.get_rng_state()
+    trained = ltsd.theory_trained(n, eta, eps, r, 100_000, generator(2))
+    assert set(trained) == set(closed) | {"se"} and set(trained["se"]) == set(ltsd.TAIL_ERRORS)
+    for key in ltsd.TAIL_ERRORS:
+        assert abs(trained[key] - closed[key]) < 4 * trained["se"][key] < 0.03, key
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_trained_standard_errors_are_the_spread_over_samples():
+    runs = [ltsd.theory_trained(2, 1.0, 0.5, 5, 4_000, generator(100 + i)) for i in range(60)]
+    closed = ltsd.theorem1(2, 1.0, 0.5, 5)
+    for key in ltsd.TAIL_ERRORS:
+        values = torch.tensor([run[key] for run in runs], dtype=torch.float64)
+        claimed = sum(run["se"][key] for run in runs) / len(runs)
+        assert 0.7 < values.std().item() / claimed < 1.35, key  # 60 runs: the ratio's own spread is 9%
+        assert abs(values.mean().item() - closed[key]) < 4 * claimed / math.sqrt(60) + 2e-3, key  # + bias of O(1/N)
+
+
+def test_training_finds_a_minimum_of_the_adversarial_logistic_loss(monkeypatch):
+    """The (w, b) it stops at beats 200 neighbours on the same sample, the attack recomputed for each."""
+    seen = []
+    exact = ltsd._linear_tail_errors
+    monkeypatch.setattr(ltsd, "_linear_tail_errors", lambda t, *a: (seen.append(t.detach().clone()), exact(t, *a))[1])
+    ltsd.theory_trained(3, 1.0, 0.4, 4, 2_000, generator(3))
+    g = generator(3)
+    y = (torch.rand(2_000, 1, generator=g, dtype=torch.float64) < 0.8) * 2.0 - 1
+    x = torch.randn(2_000, 3, generator=g, dtype=torch.float64) + y
+
+    def loss(t, eps):
+        margin = y[:, 0] * (x @ t[:3] + t[3]) - eps * t[:3].abs().sum()
+        return torch.nn.functional.softplus(-margin).mean()
+
+    for theta, eps in ((seen[0], 0.0), (seen[-1], 0.4)):
+        for _ in range(200):
+            nearby = theta + 1e-3 * torch.randn(4, generator=g, dtype=torch.float64)
+            assert loss(nearby, eps) > loss(theta, eps)
+
+
+def test_linear_tail_errors_for_any_weights():
+    """Against attacked samples; w has both signs, so that sign(w) and the 1-norm matter."""
+    theta = torch.tensor([1.5, -0.4, 0.2, 0.3], dtype=torch.float64)
+    x = torch.randn(400_000, 3, generator=generator(4), dtype=torch.float64) - 0.8
+    clean, attacked = ltsd._linear_tail_errors(theta, 0.8, 0.3).tolist()
+    for p, points in ((clean, x), (attacked, x + 0.3 * theta[:3].sign())):
+        found = (points @ theta[:3] + theta[3] > 0).double().mean().item()
+        assert abs(found - p) < 4 * math.sqrt(p * (1 - p) / len(x))
+
+
+@pytest.mark.parametrize(
+    "args, samples",
+    [
+        pytest.param((20, 3.0, 0.5, 1), 200, id="separable"),
+        pytest.param((2, 1.0, 0.9999, 2), 1000, id="weights at 0"),
+        pytest.param((2, 1.0, 0.5, 2), 1, id="one point"),
+    ],
+)
+def test_samples_without_a_smooth_minimum_are_a_clear_error(args, samples):
+    with pytest.raises(RuntimeError, match=f"{samples} points did not converge; draw more samples"):
+        ltsd.theory_trained(*args, samples, generator())
+
+
+def test_table_has_every_column_and_passes_its_checks():
+    text = ltsd.theory(samples=50_000)
+    lines = text.splitlines()
+    assert len({len(line) for line in lines[1:13]}) == 1  # aligned
+    assert [line.split()[0] for line in lines[3:13]] == ["1", "1", "2", "2", "5", "5", "10", "10", "50", "50"]
+    g, worst = generator(), 0.0
+    for i, r in enumerate((1, 2, 5, 10, 50)):
+        args = (2, 1.0, 0.5, r, 50_000, g)
+        c, s, t = ltsd.theorem1(*args[:4]), ltsd.theory_sampled(*args), ltsd.theory_trained(*args)
+        for row, key in enumerate(("nat", "rob")):
+            std, rob = f"{key}_std", f"{key}_rob"
+            cells = [c["b_" + key], t["b_" + key]] + [100 * x[k] for k in (std, rob) for x in (c, s, t)]
+            shown = lines[3 + 2 * i + row].replace("|", " ").split()[2:]
+            assert shown == [f"{v:.4f}" for v in cells[:2]] + [f"{v:.2f}" for v in cells[2:]]
+            for k in (std, rob):
+                worst = max(worst, abs(s[k] - c[k]) / math.sqrt(c[k] * (1 - c[k]) / 50_000))
+                worst = max(worst, abs(t[k] - c[k]) / t["se"][k])
+    assert f"(farthest {worst:.1f} standard errors)" in lines[15]
+    assert len(lines) == 16 and all(line.endswith(": yes") for line in lines[13:])
+    assert "9.21 at IR 2" in lines[14] and text == ltsd.theory(samples=50_000)
+
+
+def test_table_checks_can_say_no(monkeypatch):
+    honest = ltsd.theory_trained
+
+    def worse(*args):
+        out = honest(*args)
+        return out | {"nat_rob": 0.9, "rob_rob": 0.1}
+
+    monkeypatch.setattr(ltsd, "theory_trained", worse)
+    lines = ltsd.theory(ratios=(2, 5), samples=20_000).splitlines()
+    assert [line.endswith(": NO") for line in lines[-3:]] == [True] * 3
+
+
+def test_theory_stage(tmp_path, capsys):
+    assert ltsd.main(["--stage", "theory", "--ir", "1,5", "--seed", "1", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert said.strip() == ltsd.theory(ratios=(1, 5), seed=1)
+    assert (tmp_path / "theory.md").read_text() == f"```\n{said}```\n"
 
 
 # 13  Bench -------------------------------------------------------------------------------
@@ -2052,7 +2425,8 @@ def test_help_lists_every_flag(capsys):
     with pytest.raises(SystemExit):
         ltsd.parse_args(["--help"])
     text = capsys.readouterr().out
-    assert all("--" + f.name.replace("_", "-") in text for f in ltsd.fields(ltsd.Config))
+    flags = [f.name for f in ltsd.fields(ltsd.Config) if f.name != "runs"]
+    assert all("--" + name.replace("_", "-") in text for name in flags) and "RUN" in text
 
 
 def readme_commands():
