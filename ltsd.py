@@ -2518,11 +2518,8 @@ def by_setting(runs) -> list:
         words = {"data": cfg.data, "ir": "natural counts" if cfg.ir is None else f"IR {cfg.ir:g}", "arch": cfg.arch}
         words["method"] = cfg.method if cfg.aug == "none" else f"{cfg.method}+{cfg.aug}"
         rivals = [other for other in owns if all(other[k] == own[k] for k in (*words, "aug"))]
-        words |= {
-            k: f"{_dashed(k)} {'default' if own[k] is None else own[k]}"
-            for k in own
-            if any(other[k] != own[k] for other in rivals)
-        }
+        said = {k: "default" if v is None else f"{v:g}" if isinstance(v, float) else v for k, v in own.items()}
+        words |= {k: f"{_dashed(k)} {said[k]}" for k in own if any(other[k] != own[k] for other in rivals)}
         words["seed"] = f"seed {cfg.seed}" if len(members) == 1 else f"({len(members)} runs)"
         settings.append(Setting(cfg, words, [checkpoints for _, checkpoints in members]))
     return settings
@@ -2673,16 +2670,16 @@ def report_figures(settings, folder):
 
     def draw(ax, look, label, x, stats, **more):
         means, spreads = zip(*((t[0], t[1]) if t else (math.nan, 0) for t in stats), strict=True)
-        ax.errorbar(x, means, spreads, label=label, **{**look, **more})
+        ax.errorbar(x, means, spreads if any(spreads) else None, label=label, **{**look, **more})
 
     figure = new_figure(11, 5.5)
     for ax, (a, b) in zip(figure.subplots(1, 2), (("clean", robust), ("tail_clean", "tail_pgd")), strict=True):
         for s, look in zip(settings, itertools.cycle(looks)):
             if x := s.stat("best", a):
-                draw(ax, look, s.label(), x[0], [s.stat("best", b)], xerr=x[1], linestyle="none")
+                draw(ax, look, s.label(), x[0], [s.stat("best", b)], xerr=x[1] or None, linestyle="none")
         ax.set(xlabel=f"{heading(a, cfg)} accuracy (%)", ylabel=f"{heading(b, cfg)} accuracy (%)")
     save_figure(figure, folder, "scatter.png", ncols=2)
-    figure = new_figure(8, 5.5)
+    figure = new_figure(11, 5.5)
     ax = figure.subplots()
     for s, look in zip(settings, itertools.cycle(looks)):
         runs = [np.array(run["best"][f"class_{robust}"]) for run in s.runs if "best" in run]
@@ -2690,7 +2687,8 @@ def report_figures(settings, folder):
         stats = [(column.mean(), column.std(ddof=int(len(runs) > 1))) for column in groups.T]
         draw(ax, look, s.label(), range(1, len(stats) + 1), stats)
     ax.set(xlabel="group of classes, most to least frequent", ylabel=f"{heading(robust, cfg)} accuracy (%)")
-    save_figure(figure, folder, "classes.png", ncols=1)
+    ax.set_xticks(range(1, len(stats) + 1))
+    save_figure(figure, folder, "classes.png", ncols=2)
     for key, name in (("ir", "imbalance ratio"), ("alpha", "alpha"), ("gamma", "gamma")):
         families = {}
         for s in settings:
