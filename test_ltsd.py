@@ -2429,19 +2429,43 @@ def test_help_lists_every_flag(capsys):
     assert all("--" + name.replace("_", "-") in text for name in flags) and "RUN" in text
 
 
-def readme_commands():
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    return [line.strip() for line in "".join(blocks).split("\n") if "ltsd.py" in line and "pytest" not in line]
+README = (HERE / "README.md").read_text()
+
+
+def arguments(command):
+    words = shlex.split(command, comments=True)
+    return words[[i for i, w in enumerate(words) if w.endswith("ltsd.py")][0] + 1 :]
 
 
 def test_readme_commands_parse():
-    commands = readme_commands()
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
+    commands = [line for line in "".join(blocks).split("\n") if "ltsd.py" in line and "pytest" not in line]
     assert len(commands) >= 4
     for command in commands:
-        words = shlex.split(command.split("#")[0], comments=True)
-        args = words[[i for i, w in enumerate(words) if w.endswith("ltsd.py")][0] + 1 :]
-        for cfg in ltsd.expand(ltsd.parse_args(args)):
-            ltsd.validate(cfg)
+        ltsd.parse_args(arguments(command))
+
+
+def test_every_table_and_figure_of_the_paper_has_a_command(tmp_path, monkeypatch):
+    """Each parses and resolves, and what it would train or read is what its row promises."""
+    rows = re.findall(r"^\| ((?:Table|Figure) \d+) \| `(.*?)` \| (.*) \|$", README, re.M)
+    commands = {name: arguments(command) for name, command, _ in rows}
+    assert list(commands) == [f"Table {i}" for i in range(1, 11)] + [f"Figure {i}" for i in range(1, 9)]
+    made = {}
+    for name, args in commands.items():
+        cfg = ltsd.parse_args(args)
+        made[name] = [ltsd.resolve(one) for one in ltsd.expand(cfg)]
+        pictures = [word for word in re.findall(r"`(\w+\.png)`", dict((n, t) for n, _, t in rows)[name])]
+        assert (cfg.figures is not None) == name.startswith("Figure") == bool(pictures)
+    for number, row in enumerate(made[f"Table {i}"] for i in (1, 2, 3, 4, 5, 7, 8)):
+        has = [ltsd.paper_row(cfg, "best") is not None for cfg in row if cfg.method != "natural"]
+        assert all(has) and len(has) == (8, 8, 8, 8, 12, 8, 8)[number]  # the very settings of the paper's rows
+    assert ltsd.paper_row(made["Table 6"][-1], "teacher")
+    assert {cfg.epochs for cfg in made["Table 9"]} == {130} and [cfg.seed for cfg in made["Table 10"]] == list(range(5))
+    names = [ltsd.run_name(cfg) for cfg in made["Table 2"]]
+    (pattern,) = made["Figure 1"][0].runs
+    assert all(pathlib.Path("runs", name).match(pattern) for name in names)
+    assert not pathlib.Path("runs", ltsd.run_name(made["Table 8"][0])).match(pattern)
+    assert {(cfg.eps, cfg.eval_eps) for cfg in made["Figure 4"]} == {(8, 2)}
 
 
 def test_public_names_are_documented():
