@@ -2923,7 +2923,7 @@ def fast_step(cfg, model, student, frozen, teacher, optimizer, x, y, counts, thr
 
 
 def bench_core(cfg, device, batch, steps, rounds, levers):
-    """(attack rows, training-step rows) at one batch size on ResNet-18 with 100 classes, levers added in turn."""
+    """{"attack": rows, "train_step": rows} at one batch size on ResNet-18 with 100 classes, levers added in turn."""
     torch.manual_seed(0)
     contiguous = dict(device=device, memory_format=torch.contiguous_format)
     plain, plain_teacher = (build_model("resnet18", 100).to(**contiguous) for _ in "ab")
@@ -2969,7 +2969,7 @@ def bench_core(cfg, device, batch, steps, rounds, levers):
         rates = {name: batch / seconds for name, seconds in table.items()}
         return [dict(batch=batch, lever=k, images_per_s=v, ratio=v / rates["plain"]) for k, v in rates.items()]
 
-    return rows(attacks), rows(train)
+    return {"attack": rows(attacks), "train_step": rows(train)}
 
 
 def _again(function, times):
@@ -3004,6 +3004,29 @@ def bench_kernel(device):
             us = 1e6 * seconds / repeat
             rows.append(dict(images=images, what=name, us=us, gb_per_s=traffic / us / 1e3))
     return rows
+
+
+def bench_forward(device):
+    """Images/s of the float32 forward in which FAB, Square and all verdicts are made, ResNet-18."""
+    net, x = FrozenCopy(build_model("resnet18", 100).to(device)), torch.rand(EVAL_BATCH, 3, 32, 32, device=device)
+    x = x[: EVAL_BATCH if device.type == "cuda" else CPU_CHUNK].to(memory_format=torch.channels_last)
+    with torch.no_grad(), ieee_float32():
+        return len(x) / timed({"forward": lambda: net(x)}, 3, device)["forward"]
+
+
+def projected_minutes(rates, steps, forwards):
+    """{part: minutes} of the paper's command on CIFAR-100 IR 10, teacher to AutoAttack, from what was measured.
+
+    rates: images/s of {"attack", "train_step"} at batch {32, 128}, with attacks of `steps` steps; forwards: images/s in
+    float32. An attack step is a forward and an input gradient; FAB takes one and a forward more, three forwards' work.
+    Points left for each attack of AutoAttack: 46, 22, 19, 19 % (Table 2); its early successes are not counted."""
+    cost = [8 + 3 * s for s in (steps, 10)]  # a training step's forwards, see Phase.cost
+    step = {batch: rates["train_step", batch] * cost[0] / cost[1] for batch in (32, 128)}
+    ascent, images = 1 / (rates["attack", 128] * steps), 10_000
+    pgd, apgd = 21 * ascent, (0.46 + 9 * 0.22) * 101 * ascent
+    exact = (9 * 100 * 3 + 5001) * 0.19 / forwards
+    seconds = dict(teacher=30 * 25_000 / step[32], student=100 * 19_573 / step[128], selection=25 * images * pgd)
+    return {name: s / 60 for name, s in (seconds | {"evaluation": 3 * images * (pgd + apgd + exact)}).items()}
 
 
 def bench_rest(device):
@@ -3044,16 +3067,18 @@ def stage_bench(cfg):
     result = {"header": header, "attack": [], "train_step": [], "kernel": []}
     for batch, levers, rounds in ((32, True, 5 if on_cuda else 3), (128, on_cuda, 5 if on_cuda else 2)):
         rows = bench_core(cfg, device, batch, header["attack_steps"], rounds, levers)
-        for name, part in zip(("attack", "train_step"), rows, strict=True):
+        for name, part in rows.items():
             result[name] += part
             for row in part:
                 text = f"{name:<12}batch {batch:<4} {row['lever']:<28} {row['images_per_s']:10.1f} images/s"
                 say(f"{text} {row['ratio']:7.2f} x plain")
+    best = {(name, row["batch"]): row["images_per_s"] for name in rows for row in result[name]}  # the last lever's
+    minutes = projected_minutes(best, header["attack_steps"], bench_forward(device))
+    result["projected_minutes"] = minutes | {"total": sum(minutes.values())}
+    parts = ", ".join(f"{name} {hms(60 * m)}" for name, m in result["projected_minutes"].items())
+    say(f"projected   the paper's command, CIFAR-100 IR 10 ResNet-18: {parts}")
     if on_cuda:
         peak = torch.cuda.max_memory_allocated(device)
-        speed = {row["batch"]: row["images_per_s"] for row in result["train_step"] if row["lever"] != "plain"}
-        result["projected_minutes"] = (30 * 25000 / speed[32] + 100 * 19573 / speed[128]) / 60
-        say(f"projected   {result['projected_minutes']:.1f} min of training, CIFAR-100 IR 10, 30 + 100 epochs")
         result["kernel"] = bench_kernel(device)
         for row in result["kernel"]:
             say("kernel      {images} images  {what:<14} {us:9.1f} us {gb_per_s:8.0f} GB/s".format(**row))

@@ -2406,7 +2406,25 @@ def test_bench_writes_its_schema(tmp_path, monkeypatch, capsys):
         assert rows[0]["lever"] == "plain" and rows[0]["ratio"] == 1
         assert all({"batch", "lever", "images_per_s", "ratio"} <= set(row) for row in rows)
     assert {row["batch"] for row in result["attack"]} == {32, 128} and set(result["augment"]) == {"none", "ra", "aua"}
-    assert "x plain" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "x plain" in said and "the paper's command, CIFAR-100 IR 10 ResNet-18: teacher" in said
+    assert set(result["projected_minutes"]) == {"teacher", "student", "selection", "evaluation", "total"}
+
+
+def test_projection_by_hand():
+    rates = {("attack", 32): 1.0, ("attack", 128): 3000.0, ("train_step", 32): 760.0, ("train_step", 128): 1900.0}
+    minutes = ltsd.projected_minutes(rates, 10, 47_500.0)
+    step = 1 / 30_000  # seconds of an attack step
+    evaluation = 30_000 * (21 * step + (46.46 + 199.98) * step + 1463.19 / 47_500)
+    expected = dict(
+        teacher=750_000 / 760, student=1_957_300 / 1900, selection=250_000 * 21 * step, evaluation=evaluation
+    )
+    assert minutes == pytest.approx({name: s / 60 for name, s in expected.items()})
+    faster = ltsd.projected_minutes(
+        {k: v * 5 for k, v in rates.items()}, 2, 47_500.0
+    )  # the same speed, 2 steps a round
+    assert faster["selection"] == pytest.approx(minutes["selection"])
+    assert faster["student"] == pytest.approx(minutes["student"] * 38 / 14 / 5)
 
 
 # 14  Main --------------------------------------------------------------------------------
