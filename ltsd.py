@@ -140,7 +140,7 @@ class Config:
                          "synthetic 10)", low=0, many=True)
     tau: float = _flag(1.0, "strength of the class prior in balanced softmax, b_c = tau ln n_c", low=0)
     gamma: float = _flag(None, "D_B has floor(gamma n_min) images a class (IR/2, at least 1)", low=0,
-                         high=1e6, many=True)
+                         high=1e4, many=True)
     epochs: int = _flag(None, "student epochs (100; synthetic 12)", low=1)
     teacher_epochs: int = _flag(None, "teacher epochs (30, on all data as --epochs; synthetic 8)", low=1)
     batch_size: int = _flag(None, "student batch size (128; synthetic 64)", low=1)
@@ -203,7 +203,8 @@ def _parse_value(f, text):
             values.append(f.type(part.strip()))
         except ValueError:
             raise UserError(f"--{_dashed(f.name)} {part!r}: expected {f.type.__name__}") from None
-    return values[0] if len(values) == 1 else tuple(values)
+    values = tuple(dict.fromkeys(values))  # one run folder can only hold one run
+    return values[0] if len(values) == 1 else values
 
 
 def _dashed(name):
@@ -249,10 +250,10 @@ def validate(cfg) -> None:
         choices = METHODS if f.name == "method" else meta["choices"]
         if value is None:
             continue
-        if value == "":  # as a shell makes of an unset variable: not the same as leaving the flag out
-            raise UserError(f"{flag} '': is empty; give it a value or leave it out")
         if choices and value not in choices:
             raise UserError(f"{flag} {value!r}: choose from {', '.join(choices)}")
+        if value == "":  # as a shell makes of an unset variable: not the same as leaving the flag out
+            raise UserError(f"{flag} '': is empty; give it a value or leave it out")
         if f.type in (int, float) and not abs(value) < 2**63:  # NaN is not either
             raise UserError(f"{flag} {str(value)[:40]}: must be a finite number below 2**63")
         if meta["low"] is not None and value < meta["low"]:
@@ -2952,7 +2953,9 @@ def main(argv=None) -> int:
             raise
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             error = UserError(f"out of memory ({error}): try smaller batches, a smaller --gamma or --train-limit")
-        ours = not isinstance(error, UserError) and not getattr(error, "filename", None)  # of an OSError
+        elif isinstance(error, OSError) and error.filename:
+            error = UserError(f"{error.filename}: {error.strerror}; check this path and the rights to it")
+        ours = not isinstance(error, UserError)
         hint = f"{type(error).__name__}, unexpected; --debug shows where: " if ours else ""
         print(f"ltsd: error: {hint}{' '.join(str(error).split())}", file=sys.stderr)
         return 1 if ours else 2
