@@ -117,7 +117,7 @@ class Config:
     data: str = _flag("cifar100", "data set",
                       choices=("cifar10", "cifar100", "tinyimagenet", "folder", "synthetic"))
     data_dir: str = _flag("data", "folder that holds, or will hold, the data", identity=False)
-    image_size: int = _flag(None, "side of the images of --data folder (32)", low=8, high=512)
+    image_size: int = _flag(None, "side of the images of --data folder (32)", low=16, high=512)
     ir: float = _flag(None, "imbalance ratio n_max/n_min (cifar10 50, cifar100 and tinyimagenet 10, "
                       "synthetic 20, folder: the natural counts)", low=1, many=True)
     method: str = _flag("ltsd", "training method, or 'all'", many=True)
@@ -141,7 +141,7 @@ class Config:
                          "synthetic 10)", low=0, many=True)
     tau: float = _flag(1.0, "strength of the class prior in balanced softmax, b_c = tau ln n_c", low=0)
     gamma: float = _flag(None, "D_B has floor(gamma n_min) images a class (IR/2, at least 1)", low=0,
-                         many=True)
+                         high=1e4, many=True)
     epochs: int = _flag(None, "student epochs (100; synthetic 12)", low=1)
     teacher_epochs: int = _flag(None, "teacher epochs (30, on all data as --epochs; synthetic 8)", low=1)
     batch_size: int = _flag(None, "student batch size (128; synthetic 64)", low=1)
@@ -209,7 +209,8 @@ def _parse_value(f, text):
             values.append(f.type(part.strip()))
         except ValueError:
             raise UserError(f"--{_dashed(f.name)} {part!r}: expected {f.type.__name__}") from None
-    return values[0] if len(values) == 1 else tuple(values)
+    values = tuple(dict.fromkeys(values))  # one run folder can only hold one run
+    return values[0] if len(values) == 1 else values
 
 
 def _dashed(name):
@@ -261,8 +262,10 @@ def validate(cfg) -> None:
             continue
         if choices and value not in choices:
             raise UserError(f"{flag} {value!r}: choose from {', '.join(choices)}")
-        if f.type is float and not math.isfinite(value):
-            raise UserError(f"{flag} {value}: must be a finite number")
+        if value == "":  # as a shell makes of an unset variable: not the same as leaving the flag out
+            raise UserError(f"{flag} '': is empty; give it a value or leave it out")
+        if f.type in (int, float) and not abs(value) < 2**63:  # NaN is not either
+            raise UserError(f"{flag} {str(value)[:40]}: must be a finite number below 2**63")
         if meta["low"] is not None and value < meta["low"]:
             raise UserError(f"{flag} {value:g}: must be at least {meta['low']:g}")
         if meta["high"] is not None and value > meta["high"]:
@@ -539,7 +542,7 @@ def augment(images_u8, policy, generator) -> torch.Tensor:
 @contextlib.contextmanager
 def _fetching(path, md5):
     """Around a download to `path`: refuse a damaged file that is there, tell in one line what cannot be had."""
-    if md5 and path.exists() and calculate_md5(path) != md5:
+    if md5 and path.is_file() and calculate_md5(path) != md5:
         raise UserError(f"{path} does not have the published md5 {md5}: delete it and fetch it again")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -592,17 +595,19 @@ def _decode_tiny(path):
             parts = [[n for n in named if n.startswith(root + part)] for part in ("train/", "val/")]
             labels = [torch.tensor([classes.index(wnid[n]) for n in part]) for part in parts]
             images = [_decode_all([(n, archive.read(n)) for n in part], 64) for part in parts]
-    except (zipfile.BadZipFile, KeyError, IndexError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, KeyError, IndexError, ValueError) as error:
         raise UserError(f"{path} is not the Tiny-ImageNet archive ({error}): fetch it again") from error
     return Data(images[0], labels[0], images[1], labels[1], classes)
 
 
 def load_folder(data_dir, size) -> Data:
-    """Images of data_dir/train/CLASS/ and data_dir/test/CLASS/ (or val/), in any format PIL reads.
+    """Images of data_dir/train/CLASS/ and data_dir/test/CLASS/ (or val/): files named as torchvision's IMG_EXTENSIONS.
 
-    Shorter side to `size`, then a centre crop. Classes are ordered by training count, most frequent first, ties by
-    name. Decoded tensors are cached beside the data, or in the user's cache folder where that is read-only; the cache
-    is dropped when a file is added, removed or changed. UserError for a layout that cannot be trained.
+    The centre square of each, scaled to `size`; transparency and EXIF orientation are ignored, as by torchvision's
+    ImageFolder; hidden files and folders are not read, links are followed. Classes are ordered by training count, most
+    frequent first, ties by name. Decoded tensors are cached beside the data, or in the user's cache folder where that
+    is read-only; the cache is dropped when a file is added, removed or changed. UserError for a layout that cannot be
+    trained.
     """
     root = pathlib.Path(data_dir)
     folders = [root / "train", root / "test" if (root / "test").is_dir() else root / "val"]
@@ -617,10 +622,12 @@ def load_folder(data_dir, size) -> Data:
         raise UserError(f"{folders[0]} has {len(names[0])} class folder(s): a classifier needs at least 2")
     index = {name: i for i, name in enumerate(names[0])}
     files = [make_dataset(str(d), index, IMG_EXTENSIONS, allow_empty=True) for d in folders]
+    files = [[(name, label) for name, label in part if os.path.basename(name)[0] != "."] for part in files]
     for folder, part in zip(folders, files, strict=True):
         empty = set(names[0]) - {names[0][label] for _, label in part}
         if empty:
-            raise UserError(f"{folder / min(empty)} holds no image: add some, or remove the class everywhere")
+            known = " ".join(IMG_EXTENSIONS)
+            raise UserError(f"{folder / min(empty)} holds no image ({known}): add some, or remove the class everywhere")
     order = np.argsort(-np.bincount([label for _, label in files[0]]), kind="stable")
     rank = np.argsort(order)
 
@@ -641,20 +648,21 @@ def _decode_all(sources, size):
         name, content = sources[i]
         try:
             with Image.open(name if content is None else io.BytesIO(content)) as image:
+                if image.mode == "F":
+                    raise ValueError("float pixels have no fixed range; save it with 8 or 16 bits")
                 if image.mode.startswith("I"):  # 16-bit grey: keep the high byte
                     image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
                 image = image.convert("RGB")
                 if image.size != (size, size):
-                    scale = size / min(image.size)
-                    shape = [max(size, round(side * scale)) for side in image.size]
-                    image = image.resize(shape, Image.BILINEAR)
-                    left, top = ((side - size) // 2 for side in image.size)
-                    image = image.crop((left, top, left + size, top + size))
+                    side = min(image.size)  # cut before scaling: a long strip would fill the memory
+                    left, top = ((whole - side) / 2 for whole in image.size)
+                    image = image.resize((size, size), Image.BILINEAR, (left, top, left + side, top + side))
                 out[i] = np.asarray(image)
         except Exception as error:  # PIL raises many kinds; what the user needs is the file's name
             raise UserError(f"{name} is not a readable image ({error}): remove or replace it") from error
 
-    with ThreadPoolExecutor() as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore")  # PIL's remarks on big or sloppily written files that it can read
         list(pool.map(decode, range(len(sources))))
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
 
@@ -662,9 +670,10 @@ def _decode_all(sources, size):
 def _cached(folder, name, state, build):
     """`build()`, or its earlier result while `state` (a JSON-able description of the files) is unchanged."""
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()
-    user = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "ltsd")
-    tag = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
-    places = [folder / f".ltsd-{name}.pt", user / f"{name}-{tag}.pt"]
+    tag, places = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:12], [folder / f".ltsd-{name}.pt"]
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        user = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        places.append(user / "ltsd" / f"{name}-{tag}.pt")
     for path in places:
         with contextlib.suppress(Exception):  # a missing or broken cache is made again
             saved = torch.load(path, weights_only=True)
@@ -1547,23 +1556,27 @@ def load_weights(model, path):
     """Load a checkpoint, ours or one of TRADES, AT-BSL and kin, into a Net; returns its epoch or None.
 
     Accepts a bare state_dict or one under 'state_dict', 'model' or 'net', prefixes 'module.' and '_orig_mod.', and the
-    unused 'sub_block1' of public WRNs. UserError where names or shapes do not fit.
+    unused 'sub_block1' of public WRNs. UserError where names or shapes do not fit, or weights are not finite.
     """
     saved = weights = read_checkpoint(path)
     if isinstance(saved, dict):
         inner = [saved[k] for k in ("state_dict", "model", "net") if isinstance(saved.get(k), dict)]
         weights = (inner or [saved])[0]
-    if not isinstance(weights, dict) or not all(torch.is_tensor(v) for v in weights.values()):
+    named = weights.items() if isinstance(weights, dict) else [(None, None)]
+    if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in named):
         raise UserError(f"{path} holds no state_dict: want one, bare or under 'state_dict', 'model' or 'net'")
-    weights = {k.replace("module.", "").replace("_orig_mod.", ""): v for k, v in weights.items()}
+    weights = {k.replace("module.", "").replace("_orig_mod.", ""): v for k, v in named}
     weights = {k: v for k, v in weights.items() if not k.startswith("sub_block1")}
     own = model.state_dict()
     own = {k: v for k, v in own.items() if not k.endswith("num_batches_tracked") or k in weights}
     wrong = sorted(own.keys() ^ weights.keys())
-    wrong += [k for k in own if k in weights and weights[k].shape != own[k].shape]
+    both = [(k, own[k], weights[k]) for k in own if k in weights]
+    wrong += [k for k, a, b in both if a.shape != b.shape or a.is_floating_point() != b.is_floating_point()]
     if wrong:
         many = f"{len(wrong)} names or shapes differ, the first is {wrong[0]}"
         raise UserError(f"{path} does not fit the network ({many}): check --arch, --data and --method")
+    if not all(v.isfinite().all() for v in weights.values()):
+        raise UserError(f"{path} holds NaN or infinite weights, of a training that diverged: name another")
     model.load_state_dict(weights, strict=False)
     return saved.get("epoch") if isinstance(saved.get("epoch"), int) else None
 
@@ -2378,7 +2391,7 @@ class Run:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim()
-            self._log = open(self.path / "log.txt", "a", encoding="utf-8")  # closed with the process
+            self._log = open(self.path / "log.txt", "a", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise UserError(f"cannot write to {self.path} ({error.strerror}): try another --out") from error
         self.environment = environment(cfg)
@@ -2394,7 +2407,7 @@ class Run:
                 (self.path / name).unlink(missing_ok=True)
         if path.exists():
             try:
-                theirs = json.loads(path.read_text())["identity"]
+                theirs = dict(json.loads(path.read_text())["identity"])
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path} is damaged: restore it, or start afresh with --overwrite") from None
             odd = [f"{k} {theirs.get(k)} there, {mine[k]} here" for k in mine if theirs.get(k) != mine[k]]
@@ -2434,8 +2447,9 @@ class Run:
         """What results.json holds, {} before the first evaluation."""
         path = self.path / "results.json"
         try:
-            return json.loads(path.read_text()) if path.exists() else {}
-        except ValueError:
+            found = json.loads(path.read_text()) if path.exists() else {}
+            return {name: dict(part) for name, part in found.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
             raise UserError(f"{path} is damaged: delete it and use --stage eval") from None
 
     def save_results(self, **changes):
@@ -3208,7 +3222,9 @@ def stage_eval(cfg, run, data):
         del paths["teacher"]
     for name, path in paths.items():
         if not cfg.checkpoint:
-            _need(path, "teacher" if name == "teacher" else "distill")
+            # with last.pt there, --stage distill has nothing to do and makes no best.pt
+            again = "all --overwrite" if run.has("last") else "distill"
+            _need(path, "teacher" if name == "teacher" else again)
     paths = {cfg.checkpoint: pathlib.Path(cfg.checkpoint)} if cfg.checkpoint else paths
     if METHODS[cfg.method].head == "cosine" and len(data.classes) > 10:  # RoBal's table shows both its heads
         paths |= {f"{name}, head as trained": path for name, path in paths.items()}
@@ -3255,7 +3271,7 @@ def stage_report(cfg, run):
     shown = evaluations(cfg, results)
     if cfg.checkpoint:
         shown = {name: m for name, m in shown.items() if name.partition(",")[0] == cfg.checkpoint}
-    if not shown:
+    if not shown or "data" not in results:
         raise UserError(f"{run.path} holds no such evaluation: make one with --stage eval")
     results = {**results, "checkpoints": shown}
     run.log("\n" + table([(cfg, results)]), quiet=True)
@@ -3360,9 +3376,16 @@ def main(argv=None) -> int:
         else:
             stage_runs(cfg, argv)
         return 0
+    except BrokenPipeError:  # who reads our output (`| head`) has gone: end as if the signal had ended us
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor complain of it at exit
+        return 141
     except Exception as error:
         if "--debug" in argv:
             raise
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            error = UserError(f"out of memory ({error}): try smaller batches, a smaller --gamma or --train-limit")
+        elif isinstance(error, OSError) and error.filename:
+            error = UserError(f"{error.filename}: {error.strerror}; check this path and the rights to it")
         ours = not isinstance(error, UserError)
         hint = f"{type(error).__name__}, unexpected; --debug shows where: " if ours else ""
         print(f"ltsd: error: {hint}{' '.join(str(error).split())}", file=sys.stderr)
@@ -3370,4 +3393,7 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    for name in ("stdout", "stderr"):  # closed, or in an encoding without a folder's letters: neither ends a run
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     sys.exit(main())
