@@ -3047,7 +3047,7 @@ def main(argv=None) -> int:
             raise
         ours = not isinstance(error, UserError)
         hint = f"{type(error).__name__}, unexpected; --debug shows where: " if ours else ""
-        if RANK:  # what befalls all ranks is rank 0's to tell: torchrun then ends this one in its sleep
+        if RANK or (ours and WORLD > 1):  # another rank's to tell, if torchrun ends this one in its sleep
             time.sleep(5)
             hint = f"rank {RANK}: {hint}"
         print(f"ltsd: error: {hint}{' '.join(str(error).split())}", file=sys.stderr)
