@@ -19,7 +19,8 @@ TINY = "--data synthetic --ir 3 --train-limit 60 --test-limit 20 --steps 2 --tea
 TINY = (TINY + " --batch-size 16 --teacher-batch-size 64 --device cpu").split()
 
 # Runs `main`, with small evaluations that both ranks have a part in; leaves its process id beside itself; checks that
-# the ranks end a training with the same network. MODE fixed: no batch statistics; lame: rank 1 has no data.
+# the ranks end a training with the same network, and that rank 1 leaves no file but AutoAttack's state. MODE fixed: no
+# batch statistics; lame: rank 1 has no data.
 DRIVER = """
 import os, pathlib, sys
 import torch
@@ -38,7 +39,11 @@ def checked(*args):
 def lame(cfg):
     raise ltsd.UserError("nothing to load")
 
-ltsd.train = checked
+def replace(source, target, real=os.replace):
+    assert rank == 0 or pathlib.Path(target).name == "aa1.pt"
+    real(source, target)
+
+os.replace, ltsd.train = replace, checked
 ltsd.evaluate.__kwdefaults__["batch_size"] = 6
 ltsd.autoattack.__kwdefaults__ |= dict(iterations=4, queries=20, targets=2)
 if mode == "fixed":
@@ -106,7 +111,10 @@ def test_two_ranks_take_the_steps_of_one_process(driver, tmp_path, monkeypatch):
 
 def test_a_killed_rank_ends_all_and_the_run_goes_on(driver, tmp_path, monkeypatch):
     """Only rank 0 writes and prints; what two ranks evaluate, AutoAttack included, one process finds too."""
-    out, args = tmp_path / "run", [*TINY, "--train-limit", "300", "--epochs", "4", "--attacks", "clean,pgd,aa"]
+    out, args = (
+        tmp_path / "run",
+        [*TINY, "--train-limit", "300", "--epochs", "4", "--eps", "3", "--attacks", "clean,pgd,aa"],
+    )
     process, deadline = torchrun(driver, [*args, "--out", out]), time.monotonic() + 120
     while "student    1/4" not in (out / "log.txt").read_text() if (out / "log.txt").exists() else True:
         assert process.poll() is None and time.monotonic() < deadline
@@ -195,3 +203,42 @@ def test_synchronised_norms_are_folded_too():
         frozen = ltsd.FrozenCopy(converted)
         assert list(converted.state_dict()) == keys and torch.equal(frozen(x), expected)
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in frozen.net.modules())
+
+
+def test_ranks_evaluate_the_batches_of_one_process(monkeypatch):
+    """PGD's images and noise, AutoAttack's points and their numbers: two ranks together have those of one process."""
+    torch.manual_seed(0)
+    model, images = ltsd.build_model("resnet8", 10), torch.randint(0, 256, (23, 3, 8, 8), dtype=torch.uint8)
+    seen, real = [], ltsd.pgd_attack
+
+    def pgd(net, x, y, **threat):
+        seen.append(("pgd", y.tolist(), real(net, x, y, **threat).tolist()))
+        return x
+
+    def aa(net, x, y, *, index, **options):
+        seen.extend(("aa", *row) for row in zip(index.tolist(), y.tolist(), x.tolist(), strict=True))
+        return 0 * x  # all black: each of them gets the same verdict
+
+    monkeypatch.setattr(ltsd, "pgd_attack", pgd)
+    monkeypatch.setattr(ltsd, "autoattack", aa)
+    with torch.no_grad():
+        y = model.eval()(ltsd.to_float(images)).argmax(1)  # right by definition: clean 100 %
+
+    def evaluate():
+        seen.clear()
+        result = ltsd.evaluate(model, images, y, attacks=("clean", "pgd", "aa"), batch_size=4, steps=1)
+        return result, list(seen)
+
+    whole, one = evaluate()
+    flags, both = [], []
+    monkeypatch.setattr(ltsd, "WORLD", 2)
+    monkeypatch.setattr(ltsd, "gather", lambda mine: flags.append(mine) or [mine])
+    for rank in (0, 1):
+        monkeypatch.setattr(ltsd, "RANK", rank)
+        result, part = evaluate()
+        assert 0 < result["clean"] < whole["clean"] == 100 and 0 < len(part) < len(one)
+        both += part
+    assert sorted(both) == sorted(one)
+    first = iter(flags[:3])  # of rank 0, as rank 1 would get them
+    monkeypatch.setattr(ltsd, "gather", lambda mine: [next(first), mine])
+    assert evaluate()[0] == whole
