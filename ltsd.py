@@ -7,6 +7,7 @@ set D; the student, trained adversarially on D with balanced softmax, distils fr
     python ltsd.py --data synthetic                        # the whole pipeline, two minutes on two CPU cores
     python ltsd.py --data cifar100 --ir 10 --stage all     # the paper's Table 2: teacher, student, evaluation
     python ltsd.py --data folder --data-dir DIR --ir 50    # your images: DIR/train/CLASS/*, DIR/test/CLASS/*
+    torchrun --nproc-per-node 4 ltsd.py ...                # any of them on four GPUs of this machine
 
 Sections: 1 setup, 2 config, 3 data, 4 models, 5 step, 6 attack, 7 methods, 8 training, 10 evaluation, 11
 report, 13 bench, 14 main. Images are float32 in [0,1], NCHW, channels_last; labels int64; eps and step_size
@@ -42,9 +43,11 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
@@ -133,6 +136,49 @@ def ieee_float32():
             setattr(switch, name, value)
 
 
+# Several processes, each a "rank" of a group that torchrun started. Only ``main`` changes these three, so that whoever
+# imports this file into a distributed program of their own gets the functions of one process.
+RANK, WORLD, PATIENT = 0, 1, None
+
+
+def join_group():
+    """Under torchrun, form the process group and set RANK and WORLD; else do nothing.
+
+    Training steps wait a minute for each other (torchrun itself ends all ranks when one dies); `gather` as long as it
+    takes, since one rank's share of an evaluation may end much later than another's."""
+    global RANK, WORLD, PATIENT
+    if {"RANK", "LOCAL_RANK"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group(timeout=timedelta(seconds=60))  # NCCL for CUDA tensors, gloo for the CPU's
+        PATIENT = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        RANK, WORLD = dist.get_rank(), dist.get_world_size()
+        if RANK:
+            warnings.simplefilter("ignore")  # rank 0 has said it
+
+
+def leave_group():
+    """Undo join_group."""
+    global RANK, WORLD
+    if WORLD > 1:
+        dist.destroy_process_group()
+        RANK, WORLD = 0, 1
+
+
+def gather(value) -> list:
+    """The value (CPU tensor, number, string, list, None) of every rank, in their order, after waiting for all."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value, group=PATIENT)
+    return values
+
+
+def share(n):
+    """This rank's rows of a batch of n >= 1, as a slice, and what its mean over them weighs in the mean over ranks.
+
+    A rank that would have none takes part with the first row, at weight 0. One process: (all, 1.0)."""
+    rows = slice(RANK, n, WORLD) if n > RANK else slice(0, 1)
+    return rows, len(range(RANK, n, WORLD)) * WORLD / n
+
+
 # ==========================================================================================================
 # 2  Config
 # ==========================================================================================================
@@ -200,6 +246,7 @@ class Config:
     compile: str = _flag("auto", "compile networks, and on CUDA replay attacks as graphs; auto: on CUDA only",
                          choices=("auto", "on", "off"))
     deterministic: bool = _flag(False, "deterministic algorithms on CUDA too (slower; CPU runs always are)")
+    sync_bn: bool = _flag(False, "under torchrun, batch statistics over all GPUs in the place of each its own")
     seed: int = _flag(0, "seed of the weights, of D_B and of every other draw", low=0, many=True)
     out: str = _flag(None, "run folder (runs/NAME; with comma lists the parent of the run folders)",
                      identity=False)
@@ -338,6 +385,8 @@ def resolve(cfg) -> Config:
     filled = dict(teacher_epochs=epochs, teacher_batch_size=batch_size)
     cfg = replace(cfg, **{k: v for k, v in filled.items() if getattr(cfg, k) is None})
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if WORLD > 1 and name.startswith("cuda"):
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -348,6 +397,8 @@ def resolve(cfg) -> Config:
         raise UserError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices; try cpu")
     amp = best_precision(device) if cfg.amp == "auto" else cfg.amp
     stage, compiled = "distill" if cfg.stage == "train" else cfg.stage, best_compile(cfg.compile, device)
+    if cfg.sync_bn and stage in ("all", "teacher", "distill") and (WORLD == 1 or device.type != "cuda"):
+        raise UserError("--sync-bn: needs several GPUs; start with torchrun --nproc-per-node N, or leave it out")
     return replace(cfg, device=name, amp=amp, stage=stage, compile=compiled)
 
 
@@ -1089,7 +1140,7 @@ class FrozenCopy(nn.Module):
                     self.folded.append((own, modules[conv], modules[norm]))
                     norms |= {conv, norm}
         for name, module in modules.items():
-            if isinstance(module, nn.BatchNorm2d) and name not in norms:
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and name not in norms:
                 self._replace(name, ChannelAffine(module))
                 self.affine.append((self.net.get_submodule(name), module))
                 norms.add(name)
@@ -1163,7 +1214,8 @@ def capture_cuda_graph(fn, inputs):
             for _ in range(3):
                 fn(*inputs)
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
+        # NCCL's own thread may call CUDA meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local" if WORLD > 1 else "global"):
             result = fn(*inputs)
     return graph.replay, result
 
@@ -1229,12 +1281,13 @@ def pgd_attack(
 
     model: any nn.Module with inputs in [0,1], run in eval mode and left as it was (mode, buffers, gradients); a Net is
     replaced by its FrozenCopy, a FrozenCopy taken as it is. x: float32 [N,C,H,W] in [0,1]; y: int64 [N]; eps, step_size
-    >= 0: fractions of the pixel range; steps >= 0. init: 'uniform' U(-eps,eps), 'gauss' 0.001*N(0,1) as in TRADES, or
-    'none'; the start is clipped to the ball and to [0,1]. objective(logits, y, aux) -> scalar, default mean
-    cross-entropy. generator: of the start noise, on x's device. Returns the last iterate, detached. ValueError for
-    input outside these ranges.
+    >= 0: fractions of the pixel range; steps >= 0. init: 'uniform' U(-eps,eps), 'gauss' 0.001*N(0,1) as in TRADES,
+    'none', or the noise itself, a tensor like x; the start is clipped to the ball and to [0,1]. objective(logits, y,
+    aux) -> scalar, default mean cross-entropy. generator: of the start noise, on x's device. Returns the last iterate,
+    detached. ValueError for input outside these ranges.
     """
-    if not (eps >= 0 and step_size >= 0 and steps >= 0) or init not in ("uniform", "gauss", "none"):
+    known = torch.is_tensor(init) or init in ("uniform", "gauss", "none")
+    if not (eps >= 0 and step_size >= 0 and steps >= 0 and known):
         given = f"eps {eps}, step_size {step_size}, steps {steps}, init {init!r}"
         raise ValueError(f"{given}: want numbers >= 0 and one of uniform, gauss, none")
     objective = objective or cross_entropy_objective
@@ -1248,15 +1301,21 @@ def pgd_attack(
 
 def _pgd(forward, x, y, eps, step_size, steps, init, objective, aux, generator):
     """pgd_attack without its checks: draw the start, then ascend."""
-    x, noise = x.detach(), torch.zeros_like(x)
-    if init != "none":
-        draw, spread = (noise.uniform_, (-eps, eps)) if init == "uniform" else (noise.normal_, (0, 1e-3))
-        draw(*spread, generator=generator)
+    x, noise = x.detach(), init if torch.is_tensor(init) else start_noise(x, init, eps, generator)
     start = pgd_step_reference(x + noise, torch.zeros_like(x), x, 0.0, eps)
     inputs, settings = [x, y, start] + ([] if aux is None else [aux]), (objective, eps, step_size, steps)
     if isinstance(forward, FrozenCopy):
         return forward.runner(*settings)(*inputs)
     return _ascend(forward, *settings, *inputs)
+
+
+def start_noise(x, init, eps, generator):
+    """pgd_attack's start noise for float32 images x, a tensor like it; init and generator as there."""
+    noise = torch.zeros_like(x)
+    if init != "none":
+        draw, spread = (noise.uniform_, (-eps, eps)) if init == "uniform" else (noise.normal_, (0, 1e-3))
+        draw(*spread, generator=generator)
+    return noise
 
 
 def _ascend(forward, objective, eps, step_size, steps, x, y, start, aux=None):
@@ -1385,7 +1444,8 @@ def awp_perturbation(model, loss_fn, gamma):
     """AWP (Wu et al. 2020): inside, every weight tensor w with more than one dimension is w + v, with v = gamma |w|
     g/|g| and g the gradient of loss_fn() at w; afterwards v is subtracted again.
 
-    gamma 0 does nothing at all. The ascent's own forward leaves the model's buffers as they were.
+    gamma 0 does nothing at all. The ascent's own forward leaves the model's buffers as they were. Under torchrun g is
+    the sum over the ranks.
     """
     if not gamma:
         yield
@@ -1395,6 +1455,10 @@ def awp_perturbation(model, loss_fn, gamma):
     gradients = torch.autograd.grad(loss_fn(), weights)
     for buffer, value in kept:
         buffer.copy_(value)
+    if WORLD > 1:
+        gradients = [g.contiguous() for g in gradients]
+        for g in gradients:
+            dist.all_reduce(g)
     ratios = [gamma * w.detach().norm() / (g.norm() + 1e-20) for w, g in zip(weights, gradients, strict=True)]
     steps = torch._foreach_mul(gradients, ratios)
     with torch.no_grad():
@@ -1563,9 +1627,11 @@ def selection_starts(epochs):
     return epochs - math.ceil(epochs / 4) + 1
 
 
-def write_atomic(path, content, unique=""):
+def write_atomic(path, content, unique="", rank=0):
     """Write text, bytes, or what torch.save takes, so that readers and crashes see the old file or the new one. unique:
-    what tells apart processes that may write the file at the same time."""
+    what tells apart programs that may write the file at the same time; rank: which process of a group writes."""
+    if rank != RANK:
+        return
     path, content = pathlib.Path(path), content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f"{path.name}.tmp{unique}")  # always the same: what a killed process leaves is reused
     if not isinstance(content, bytes):
@@ -1660,19 +1726,25 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
     data: Data on the training device; run: Run; teacher: images -> logits. Saves state.pt after every epoch and best.pt
     at every new best; also in the middle of an epoch for a signal, and before an epoch that may become the best is
     evaluated. UserError when the loss is no longer finite or no attack moves; the last complete epoch stays saved.
+
+    Under torchrun every rank takes its share of the very batches, augmentation and noise that one process would draw,
+    and a step's gradient is the mean over the whole batch. What differs: without sync_bn batch statistics are a
+    share's, and so are terms that are no mean over samples (the pairs and the normaliser of REAT's tail term).
     """
     row, device, dtype = METHODS[phase.method], data.train_images.device, AMP_DTYPE[cfg.amp]
     model, optimizer, scaler, streams, at = _start(cfg, phase, data, run, device)
     frozen = FrozenCopy(model, dtype if row.low_precision else torch.float32)
     exact, student = FrozenCopy(model), model
     if cfg.compile == "on":  # the model itself stays as it is: what is saved has no trace of the compiler
-        student = torch.compile(model, dynamic=False)
-        frozen.speed_up(phase.batch_size, EVAL_BATCH)
+        student = model if cfg.sync_bn else torch.compile(model, dynamic=False)  # its collectives stay eager
+        frozen.speed_up(len(range(RANK, phase.batch_size, WORLD)), EVAL_BATCH)
         exact.speed_up(EVAL_BATCH)
+    if WORLD > 1:
+        student = nn.parallel.DistributedDataParallel(student)
+        student.broadcast_buffers = False  # before a second forward it would break the backward: see average_buffers
     counts = torch.tensor(phase.counts, dtype=torch.float32, device=device)
     predicted = at["predicted"].to(device)  # per class, in the epoch before; the counts in the first
-    threat = dict(eps=cfg.eps / 255, step_size=cfg.step_size / 255, steps=cfg.steps, init=row.init)
-    threat |= dict(objective=row.objective, generator=streams["noise"])
+    threat = dict(eps=cfg.eps / 255, step_size=cfg.step_size / 255, steps=cfg.steps, objective=row.objective)
     milestones = [float(share) for share in cfg.milestones.split(",")]
     steps = math.ceil(len(phase.indices) / phase.batch_size)
 
@@ -1689,13 +1761,19 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
         order = phase.indices[torch.randperm(len(phase.indices), generator=streams["order"])].to(device)
         images = augment(data.train_images[order], cfg.aug, streams["order"])
         labels = data.train_labels[order]
-        SIGNALS.wait = watch.step < steps
+        SIGNALS.wait = WORLD == 1 and watch.step < steps
         for i in range(watch.step, steps):
             part = slice(i * phase.batch_size, (i + 1) * phase.batch_size)
-            x, y = to_float(images[part]), labels[part]
+            whole = to_float(images[part])
+            rows, weight = share(len(whole))
+            x, y = whole[rows].contiguous(memory_format=torch.channels_last), labels[part][rows]
             frozen.refresh()
-            aux = row.aux(frozen, x, counts, predicted)
-            x_adv = pgd_attack(frozen, x, y, aux=aux, **threat) if row.objective else x
+            aux, x_adv = row.aux(frozen, x, counts, predicted), x
+            if row.objective:
+                noise = start_noise(whole, row.init, threat["eps"], streams["noise"])[rows]
+                x_adv = pgd_attack(frozen, x, y, aux=aux, init=noise, **threat)
+            if i == 0:
+                gather(None)  # wait here for who compiles, captures or writes files, not a minute inside the step
             model.train()
             batch = Batch(student, x, x_adv, y, counts, cfg, cfg.alpha * epoch / phase.epochs, teacher)
 
@@ -1703,22 +1781,24 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
                 with torch.autocast(device.type, dtype, enabled=cfg.amp != "off"):
                     return row.loss(batch)
 
-            # only the gradient's direction counts, and fp16 needs it larger
-            with awp_perturbation(model, lambda: outer()[0] * (128 if cfg.amp == "fp16" else 1), row.awp):
+            ascent = weight * (128 if cfg.amp == "fp16" else 1)  # only the direction counts, and fp16 needs it larger
+            with awp_perturbation(model, lambda scale=ascent: outer()[0] * scale, row.awp):
                 loss, logits = outer()
                 optimizer.zero_grad()
-                scaler.scale(loss).backward()
+                scaler.scale(loss * weight).backward()
                 scaler.step(optimizer)
                 scaler.update()
-            watch.add(i, loss.detach(), logits.detach(), y, frozen.still & bool(row.objective))
-            run.estimate(phase, i, len(x))
-            if SIGNALS.number or (selecting and i + 1 == steps):  # choosing the best must not cost the epoch
+            average_buffers(model)
+            seen = len(y) if weight else 0
+            watch.add(i, loss.detach(), logits.detach()[:seen], y[:seen], frozen.still & bool(row.objective))
+            run.estimate(phase, i, len(whole))
+            if WORLD == 1 and (SIGNALS.number or (selecting and i + 1 == steps)):  # selection must not cost the epoch
                 save(begun, middle=watch.state())
                 SIGNALS.here(f" after {phase.name}, epoch {epoch}, step {i + 1}")
         mean_loss, accuracy = watch.read()
-        predicted = watch.predicted
         at["seconds"] += time.perf_counter() - watch.began
-        at |= dict(epoch=epoch, predicted=predicted.cpu(), middle={})
+        at |= dict(epoch=epoch, predicted=sum(gather(watch.predicted.cpu())), middle={})
+        predicted = watch.predicted = at["predicted"].to(device)
         line = f"{phase.name} {epoch:>4}/{phase.epochs:<4} lr {lr:<7.2g} loss {mean_loss:8.4f}"
         line += f"  train {accuracy:6.2f}  {at['seconds'] / epoch:7.1f} s/epoch"
         if selecting:
@@ -1734,11 +1814,22 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
     return model
 
 
+def average_buffers(model):
+    """Under torchrun, give every rank the ranks' mean of the running statistics, so that all attack one network."""
+    if WORLD > 1:
+        buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        flat = torch.cat([buffer.flatten() for buffer in buffers]) / WORLD
+        dist.all_reduce(flat)
+        parts = flat.split([buffer.numel() for buffer in buffers])
+        torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers)])
+
+
 def _start(cfg, phase, data, run, device):
     """Network, optimiser, loss scaler, random streams and where training stands, fresh or from state.pt."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(cfg.seed, phase.name, "weights"))
         model = build_model(cfg.arch, len(data.classes), METHODS[phase.method].head).to(device)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cfg.sync_bn else model
     fused = device.type == "cuda" and cfg.amp != "fp16"  # a skipped fp16 step would leave fused momentum unset
     options = dict(momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=fused)
     optimizer = torch.optim.SGD(model.parameters(), cfg.lr, **options)
@@ -1790,7 +1881,7 @@ class Watch:
     def __init__(self, device, phase, epoch, steps, middle):
         # loss, correct, seen, first bad step + 1, attacks that moved nothing; then how often each class is predicted
         now = dict(step=0, seconds=0.0, total=torch.zeros(5), predicted=torch.zeros(len(phase.counts))) | middle
-        self.total, self.predicted = (now[k].to(device, torch.float64) for k in ("total", "predicted"))
+        self.total, self.predicted = (now[k].to(device, torch.float64) * (RANK == 0) for k in ("total", "predicted"))
         self.phase, self.epoch, self.steps, self.step = phase, epoch, steps, now["step"]
         self.began = time.perf_counter() - now["seconds"]
 
@@ -1809,19 +1900,20 @@ class Watch:
         self.total += torch.stack([loss * len(y), correct, seen, first_bad, still])
         if (step + 1) % SYNC_EVERY == 0:
             loss, _ = self.read()
-            if sys.stderr.isatty():
+            if sys.stderr.isatty() and not RANK:
                 spent = time.perf_counter() - self.began
                 ahead = (self.phase.epochs - self.epoch + 1) * self.steps
-                eta, rate = hms(spent / (step + 1) * (ahead - step - 1)), (step + 1) * len(y) / spent
+                eta, rate = hms(spent / (step + 1) * (ahead - step - 1)), (step + 1) * len(y) * WORLD / spent
                 line = f"{self.phase.name} {self.epoch}/{self.phase.epochs} loss {loss:.3f}  {rate:.0f} img/s"
                 print(f"{line + '  ETA ' + eta:<79}", end="\r", file=sys.stderr, flush=True)
 
     def read(self):
-        """(mean loss, accuracy in percent) so far; UserError if a loss was not finite, or no attack moved a pixel."""
-        loss, correct, seen, bad, still = self.total.tolist()
-        if bad or still == self.step:
-            what = "the loss was not finite" if bad else "the attack's gradient was zero for every image"
-            where = f"{self.phase.name}, epoch {self.epoch}, step {bad or self.step:.0f}"
+        """(mean loss, accuracy in percent) of all ranks so far; UserError if a loss was not finite or no attack moved."""
+        *sums, bad, still = zip(*gather(self.total.tolist()), strict=True)
+        loss, correct, seen = map(sum, sums)
+        if any(bad) or sum(still) == self.step * WORLD:
+            what = "the loss was not finite" if any(bad) else "the attack's gradient was zero for every image"
+            where = f"{self.phase.name}, epoch {self.epoch}, step {min(filter(None, bad), default=self.step):.0f}"
             raise UserError(f"{what} ({where}); the epoch before is saved: try a lower --lr")
         return loss / max(seen, 1), 100 * correct / max(seen, 1)
 
@@ -2207,7 +2299,7 @@ def _run_attack(name, attack, points, number):
     def progress(left):
         nonlocal shown
         now = time.monotonic()
-        if sys.stderr.isatty() and now - shown > 0.5:
+        if sys.stderr.isatty() and not RANK and now - shown > 0.5:
             shown, eta = now, hms((now - began) * left / max(total - left, 1))
             text = f"{name} {100 - 100 * left / max(total, 1):.0f} %  ETA {eta}" if left else ""
             print(f"{text:<79}", end="\r", file=sys.stderr, flush=True)
@@ -2315,9 +2407,9 @@ def evaluate(
     the accuracy at the last iterate of PGD (uniform start clipped to [0,1], one restart, no early exit); 'aa' the
     accuracy under AutoAttack standard, to which log and state go. Verdicts are IEEE float32; PGD's and APGD's gradients
     come from a copy in `amp` precision ('off': float32). Noise depends on the seed and the batch's or the point's
-    number only. Returns clean, tail_clean, class_clean (a list) and the like, with balanced_* (mean of the class
-    accuracies) where classes differ in size. No global generator is touched and the model is left as it was. ValueError
-    for no images, or another dtype or shape.
+    number only; under torchrun each rank takes whole batches, and all return the same. Returns clean, tail_clean,
+    class_clean (a list) and the like, with balanced_* (mean of the class accuracies) where classes differ in size. No
+    global generator is touched and the model is left as it was. ValueError for no images, or another dtype or shape.
     """
     if images_u8.dtype != torch.uint8 or images_u8.ndim != 4 or not 0 < len(images_u8) == len(labels):
         shape = f"{images_u8.dtype} {list(images_u8.shape)}, {len(labels)} labels"
@@ -2332,10 +2424,13 @@ def evaluate(
     correct = {name: torch.zeros(len(labels), dtype=torch.bool, device=labels.device) for name in attacks}
     adversarial = torch.empty(0)
     if "aa" in attacks:
-        options = dict(eps=eps, seed=seed, batch_size=batch_size, log=log, state=state, nets=(fast, exact))
-        adversarial = autoattack(exact, to_float(images_u8), labels, **options)
+        mine = torch.arange(len(labels), device=labels.device)
+        mine = mine[mine // batch_size % WORLD == RANK]
+        options = dict(eps=eps, seed=seed, batch_size=batch_size, log=log, state=state, nets=(fast, exact), index=mine)
+        adversarial = to_float(images_u8)
+        adversarial[mine] = autoattack(exact, to_float(images_u8[mine]), labels[mine], **options)
     with eval_mode(exact), torch.no_grad():
-        for i, start in enumerate(range(0, len(labels), batch_size)):
+        for i, start in list(enumerate(range(0, len(labels), batch_size)))[RANK::WORLD]:
             part = slice(start, start + batch_size)
             x, y = to_float(images_u8[part]), labels[part]
             generator = torch.Generator(x.device).manual_seed(derive_seed(seed, "evaluation", i))
@@ -2346,6 +2441,7 @@ def evaluate(
                     x_adv = pgd_attack(fast, x, y, **threat)
                 with ieee_float32():
                     correct[name][part] = exact(x_adv).argmax(1) == y
+    correct = {name: torch.stack(gather(flags.cpu())).any(0) for name, flags in correct.items()}
     parts = [_metrics(name, flags, labels, list(tail)) for name, flags in correct.items()]
     return {k: v for part in parts for k, v in part.items()}
 
@@ -2468,19 +2564,21 @@ def paper_row(cfg, name):
 class Run:
     """A run's folder; aa.pt is there while AutoAttack is under way."""
 
-    FILES = ("config.json", "log.txt", "state.pt", "teacher.pt", "best.pt", "last.pt", "results.json", "aa.pt")
+    FILES = ("config.json", "state.pt", "teacher.pt", "best.pt", "last.pt", "results.json")
 
     def __init__(self, cfg, argv=()):
         self.cfg, self.path = cfg, pathlib.Path(cfg.out or pathlib.Path("runs", run_name(cfg)))
         self.plan, self._clock, self.fingerprint = [], None, None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path / "log.txt", "ab")  # closed, it lets go of the folder
-            if cfg.stage != "report":
+            self.file = open(os.devnull if RANK else self.path / "log.txt", "ab")  # closed, it lets go of the folder
+            if cfg.stage != "report" and not RANK:
                 self._lock()
-            self._claim()
+            if not RANK:
+                self._claim()
         except OSError as error:
             raise unwritable(self.path, error) from error
+        gather(None)  # no rank looks into the folder before it is ours
         self.environment = environment(cfg)
         self.log(f"run {self.path}" + (f", process {os.getpid()}" if cfg.stage != "report" else ""))
         self.log("argv " + " ".join(map(str, argv)), quiet=True)
@@ -2503,8 +2601,8 @@ class Run:
             if isinstance(error, (BlockingIOError, PermissionError)):
                 user = "process " + log.read_text("utf-8", "replace").rpartition(", process ")[2].split("\n")[0]
                 raise UserError(f"{self.path} is in use by {user}: wait for it, or choose another --out") from None
-        for name in set(self.FILES) - {"log.txt"} if self.cfg.overwrite else ():
-            (self.path / name).unlink(missing_ok=True)
+        for old in (*map(self.path.joinpath, self.FILES), *self.path.glob("aa*.pt")) if self.cfg.overwrite else ():
+            old.unlink(missing_ok=True)
         self.file.truncate(0 if self.cfg.overwrite else log.read_bytes().rfind(b"\n") + 1)  # no torn last line
 
     def _claim(self):
@@ -2527,15 +2625,17 @@ class Run:
             os.write(self.file.fileno(), f"{line}\n".encode(errors="replace"))
         except OSError as error:
             raise unwritable(self.path / "log.txt", error) from error
-        if not quiet:
+        if not quiet and not RANK:
             print(line, flush=True)
 
     def has(self, name):
-        return (self.path / f"{name}.pt").exists()
+        """Is there such a file? Of several ranks the first one's answer counts, so that all do the same."""
+        return gather((self.path / f"{name}.pt").exists())[0]
 
     def save_model(self, name, model, epoch):
         content = dict(state_dict=model.state_dict(), epoch=epoch, arch=self.cfg.arch)
         write_atomic(self.path / f"{name}.pt", content)
+        gather(None)  # now it is there for all ranks
 
     def save_state(self, state):
         write_atomic(self.path / "state.pt", dict(state, fingerprint=self.fingerprint))
@@ -2562,6 +2662,7 @@ class Run:
 
     def save_results(self, **changes):
         write_atomic(self.path / "results.json", json.dumps({**self.results(), **changes}, indent=1) + "\n")
+        gather(None)
 
     def set_seconds(self, name, seconds):
         self.save_results(seconds={**self.results().get("seconds", {}), name: round(seconds, 3)})
@@ -2593,6 +2694,7 @@ def environment(cfg):
         name += ", " + next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     if cfg.device.startswith("cuda"):
         name = f"{torch.cuda.get_device_name(cfg.device)}, CUDA {torch.version.cuda}"
+    name = f"{WORLD} x {name}" if WORLD > 1 else name
     versions = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
     versions["triton"] = triton.__version__ if HAS_TRITON else None
     return {"device": name, **versions, "python": platform.python_version(), "system": platform.platform()}
@@ -2736,6 +2838,8 @@ def read_run(path, cfg):
 
 def write_report(runs, folder, figures=None, notes=()):
     """Print the table of runs [(Config, results)] and the notes, write both to folder/report.md, and draw."""
+    if RANK:
+        return
     text = "\n".join([table(runs), *notes])
     print("\n" + text, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -3274,7 +3378,7 @@ def load_teacher(cfg, run, data):
     model = with_evaluation_head(model, teacher_phase(cfg, data).counts)
     frozen = FrozenCopy(model.to(cfg.device), AMP_DTYPE[cfg.amp])
     if cfg.compile == "on":
-        frozen.speed_up(cfg.batch_size * (1 if cfg.kd == "kl" else 2))
+        frozen.speed_up(len(range(RANK, cfg.batch_size, WORLD)) * (1 if cfg.kd == "kl" else 2))
     return torch.no_grad()(frozen)
 
 
@@ -3320,7 +3424,7 @@ class SavedState(dict):
 
     def __setitem__(self, name, found):
         super().__setitem__(name, found)
-        write_atomic(self.path, {"key": self.key, "state": dict(self)})
+        write_atomic(self.path, {"key": self.key, "state": dict(self)}, RANK)
 
 
 def stage_eval(cfg, run, data):
@@ -3355,9 +3459,10 @@ def stage_eval(cfg, run, data):
         missing = [a for a in ATTACKS if a in cfg.attacks.split(",") and a not in entry]
         if not missing:
             continue  # and leave aa.pt to the checkpoint it belongs to
-        key = f"{name} {digest} {run.fingerprint} {len(data.test_labels)} {cfg.amp}"
-        state = SavedState(run.path / "aa.pt", key)
-        run.log(f"evaluating {name}: {', '.join(missing)}")
+        key = f"{name} {digest} {run.fingerprint} {len(data.test_labels)} {cfg.amp} {RANK}/{WORLD}"
+        state = SavedState(run.path / f"aa{RANK or ''}.pt", key)
+        whose = f" (AutoAttack reports rank 0's share, one of {WORLD})" if WORLD > 1 and "aa" in missing else ""
+        run.log(f"evaluating {name}: {', '.join(missing)}{whose}")
         options = dict(settings, attacks=missing, log=run.log, state=state)
         nets = FrozenCopy(model, AMP_DTYPE[cfg.amp]), FrozenCopy(model)
         if cfg.compile == "on":
@@ -3368,7 +3473,7 @@ def stage_eval(cfg, run, data):
         if key != "checkpoints":
             key, new = "evaluations", {**run.results().get("evaluations", {}), key: new}
         run.save_results(config=asdict(cfg), environment=run.environment, data=about, **{key: new})
-        (run.path / "aa.pt").unlink(missing_ok=True)
+        state.path.unlink(missing_ok=True)
         spent = run.results().get("seconds", {}).get("eval", 0.0)
         run.set_seconds("eval", spent + time.perf_counter() - began)
 
@@ -3437,7 +3542,11 @@ def run_stages(cfg, run):
     if cfg.stage == "report":
         return stage_report(cfg, run)
     tune_process(cfg)
+    if RANK:
+        gather(None)  # rank 0 comes first, to fetch and unpack for all
     data = load_data(cfg)
+    if not RANK:
+        gather(None)
     run.fingerprint = data.fingerprint()
     data = data.to(cfg.device)
     run.plan = work_ahead(cfg, run, data)
@@ -3479,7 +3588,10 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     kept = SIGNALS.install()
     try:
+        join_group()
         cfg = parse_args(argv)
+        if WORLD > 1 and cfg.stage not in ("all", "teacher", "distill", "train", "eval"):
+            raise UserError(f"--stage {cfg.stage}: works in one process; start it with python, not torchrun")
         if cfg.figures:
             new_figure(1, 1)  # say now, not after days, that matplotlib is missing
         if cfg.stage == "theory":
@@ -3490,6 +3602,7 @@ def main(argv=None) -> int:
             stage_bench(resolve(expand(cfg)[0]))
         else:
             stage_runs(cfg, argv)
+        leave_group()
         return 0
     except BrokenPipeError:  # who reads our output (`| head`) has gone: end as if the signal had ended us
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor complain of it at exit
@@ -3506,6 +3619,9 @@ def main(argv=None) -> int:
             error = UserError(f"{error.filename}: {error.strerror}; check this path and the rights to it")
         ours = not isinstance(error, UserError)
         hint = f"{type(error).__name__}, unexpected; --debug shows where: " if ours else ""
+        if RANK or (ours and WORLD > 1):  # another rank's to tell, if torchrun ends this one in its sleep
+            time.sleep(5)
+            hint = f"rank {RANK}: {hint}"
         print(f"ltsd: error: {hint}{' '.join(str(error).split())}", file=sys.stderr)
         return 1 if ours else 2
     finally:
