@@ -1731,17 +1731,9 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
     and a step's gradient is the mean over the whole batch. What differs: without sync_bn batch statistics are a
     share's, and so are terms that are no mean over samples (the pairs and the normaliser of REAT's tail term).
     """
-    row, device, dtype = METHODS[phase.method], data.train_images.device, AMP_DTYPE[cfg.amp]
+    row, device = METHODS[phase.method], data.train_images.device
     model, optimizer, scaler, streams, at = _start(cfg, phase, data, run, device)
-    frozen = FrozenCopy(model, dtype if row.low_precision else torch.float32)
-    exact, student = FrozenCopy(model), model
-    if cfg.compile == "on":  # the model itself stays as it is: what is saved has no trace of the compiler
-        student = model if cfg.sync_bn else torch.compile(model, dynamic=False)  # its collectives stay eager
-        frozen.speed_up(len(range(RANK, phase.batch_size, WORLD)), EVAL_BATCH)
-        exact.speed_up(EVAL_BATCH)
-    if WORLD > 1:
-        student = nn.parallel.DistributedDataParallel(student)
-        student.broadcast_buffers = False  # before a second forward it would break the backward: see average_buffers
+    student, frozen, exact = _fast_versions(cfg, phase, model)
     counts = torch.tensor(phase.counts, dtype=torch.float32, device=device)
     predicted = at["predicted"].to(device)  # per class, in the epoch before; the counts in the first
     threat = dict(eps=cfg.eps / 255, step_size=cfg.step_size / 255, steps=cfg.steps, objective=row.objective)
@@ -1774,23 +1766,10 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
                 x_adv = pgd_attack(frozen, x, y, aux=aux, init=noise, **threat)
             if i == 0:
                 gather(None)  # wait here for who compiles, captures or writes files, not a minute inside the step
-            model.train()
             batch = Batch(student, x, x_adv, y, counts, cfg, cfg.alpha * epoch / phase.epochs, teacher)
-
-            def outer(batch=batch):
-                with torch.autocast(device.type, dtype, enabled=cfg.amp != "off"):
-                    return row.loss(batch)
-
-            ascent = weight * (128 if cfg.amp == "fp16" else 1)  # only the direction counts, and fp16 needs it larger
-            with awp_perturbation(model, lambda scale=ascent: outer()[0] * scale, row.awp):
-                loss, logits = outer()
-                optimizer.zero_grad()
-                scaler.scale(loss * weight).backward()
-                scaler.step(optimizer)
-                scaler.update()
-            average_buffers(model)
+            loss, logits = _outer_step(row, batch, model, optimizer, scaler, weight)
             seen = len(y) if weight else 0
-            watch.add(i, loss.detach(), logits.detach()[:seen], y[:seen], frozen.still & bool(row.objective))
+            watch.add(i, loss, logits[:seen], y[:seen], frozen.still & bool(row.objective))
             run.estimate(phase, i, len(whole))
             if WORLD == 1 and (SIGNALS.number or (selecting and i + 1 == steps)):  # selection must not cost the epoch
                 save(begun, middle=watch.state())
@@ -1812,6 +1791,41 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
     SIGNALS.here()
     frozen.runners.clear()  # they point back at their network: let go of the graphs' memory now
     return model
+
+
+def _fast_versions(cfg, phase, model):
+    """(student, frozen, exact): the network as the outer loss calls it, its copy for the training attack, and its
+    float32 copy. The model itself stays as it is: what is saved has no trace of the compiler."""
+    frozen = FrozenCopy(model, AMP_DTYPE[cfg.amp] if METHODS[phase.method].low_precision else torch.float32)
+    exact, student = FrozenCopy(model), model
+    if cfg.compile == "on":
+        student = model if cfg.sync_bn else torch.compile(model, dynamic=False)  # its collectives stay eager
+        frozen.speed_up(len(range(RANK, phase.batch_size, WORLD)), EVAL_BATCH)
+        exact.speed_up(EVAL_BATCH)
+    if WORLD > 1:
+        student = nn.parallel.DistributedDataParallel(student)
+        student.broadcast_buffers = False  # before a second forward it would break the backward: see average_buffers
+    return student, frozen, exact
+
+
+def _outer_step(row, batch, model, optimizer, scaler, weight=1.0):
+    """The optimiser's step on a batch whose mean loss counts `weight`; returns (loss, logits at x'), detached."""
+    amp, kind = batch.cfg.amp, batch.x.device.type
+    model.train()
+
+    def outer():
+        with torch.autocast(kind, AMP_DTYPE[amp], enabled=amp != "off"):
+            return row.loss(batch)
+
+    ascent = weight * (128 if amp == "fp16" else 1)  # only the direction counts, and fp16 needs it larger
+    with awp_perturbation(model, lambda: outer()[0] * ascent, row.awp):
+        loss, logits = outer()
+        optimizer.zero_grad()
+        scaler.scale(loss * weight).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    average_buffers(model)
+    return loss.detach(), logits.detach()
 
 
 def average_buffers(model):
@@ -1908,7 +1922,7 @@ class Watch:
                 print(f"{line + '  ETA ' + eta:<79}", end="\r", file=sys.stderr, flush=True)
 
     def read(self):
-        """(mean loss, accuracy in percent) of all ranks so far; UserError if a loss was not finite or no attack moved."""
+        """(mean loss, accuracy in percent) of all ranks so far; UserError if a loss was not finite, no attack moved."""
         *sums, bad, still = zip(*gather(self.total.tolist()), strict=True)
         loss, correct, seen = map(sum, sums)
         if any(bad) or sum(still) == self.step * WORLD:
@@ -3140,12 +3154,8 @@ def plain_step(model, teacher, optimizer, x, y, counts, threat):
 def fast_step(cfg, model, student, frozen, teacher, optimizer, x, y, counts, threat):
     """The same step as `train` does it."""
     x_adv = pgd_attack(frozen.refresh(), x, y, init="gauss", **threat)
-    model.train()
-    with torch.autocast(x.device.type, AMP_DTYPE[cfg.amp], enabled=cfg.amp != "off"):
-        loss, _ = _ltsd(Batch(student, x, x_adv, y, counts, cfg, 40.0, teacher))
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    batch = Batch(student, x, x_adv, y, counts, cfg, 40.0, teacher)
+    _outer_step(METHODS["ltsd"], batch, model, optimizer, torch.amp.GradScaler(x.device.type, enabled=False))
 
 
 def bench_core(cfg, device, batch, steps, rounds, levers):
