@@ -4,7 +4,6 @@ import ast
 import hashlib
 import itertools
 import json
-import math
 import os
 import pathlib
 import shlex
@@ -115,7 +114,7 @@ def test_odd_arguments(args, said, capsys, monkeypatch):
 RIGHT_ARGUMENTS = [
     ("--seed 3,3", dict(seed=3)),
     ("--ir 10,1e1,10.0", dict(ir=10.0)),
-    ("--seed ' 7 '", dict(seed=7)),
+    ("--method ' at-bsl '", dict(method="at-bsl")),
     ("--seed 1 --seed 2", dict(seed=2)),
     ("--eps=-0 --steps 0 --eval-steps 0 --gamma 0 --lr 0", dict(eps=0, steps=0, eval_steps=0, gamma=0, lr=0)),
     ("--milestones 1", dict(milestones="1")),
@@ -226,7 +225,7 @@ def grey(value):
 
 def odd_images():
     """name -> (image, the RGB colour to expect in the middle)."""
-    deep = Image.fromarray(np.full((40, 50), 200 * 256 + 7, np.uint16))
+    deep = Image.fromarray(np.full((40, 50), 254 * 256 + 255, np.uint16))
     clear = Image.new("P", (20, 20), 1)
     clear.putpalette([0, 0, 0, 10, 200, 30])
     exif, half = Image.Exif(), Image.new("RGB", (30, 20), (250, 0, 0))
@@ -235,8 +234,8 @@ def odd_images():
     yield "one.png", Image.new("RGB", (1, 1), (9, 99, 199)), (9, 99, 199)
     yield "strip.png", Image.new("RGB", (1, 60_000), (9, 99, 199)), (9, 99, 199)
     yield "lying.png", Image.new("RGB", (300, 2), (9, 99, 199)), (9, 99, 199)
-    yield "deep.png", deep, grey(200)
-    yield "deep.tiff", deep, grey(200)
+    yield "deep.png", deep, grey(254)
+    yield "deep.tiff", deep, grey(254)
     yield "cmyk.jpg", Image.new("CMYK", (20, 20), (0, 0, 0, 255)), grey(0)
     yield "palette.png", clear, (10, 200, 30)
     yield "clear.png", Image.new("RGBA", (20, 20), (10, 200, 30, 0)), (10, 200, 30)
@@ -265,7 +264,9 @@ def test_odd_images_are_read_right(tmp_path, monkeypatch):
     images = dict(zip(sorted([*colours, "0.png"]), data.train_images[30:], strict=True))
     for name, colour in colours.items():
         if colour:
-            assert (images[name].flatten(1).T.int() - torch.tensor(colour)).abs().max() <= 2, name
+            assert (images[name].flatten(1).T.int() - torch.tensor(colour)).abs().max() <= 2 * name.endswith("jpg"), (
+                name
+            )
     top, bottom = images["turned.jpg"][:, :6].float().mean((1, 2)), images["turned.jpg"][:, 10:].float().mean((1, 2))
     assert top[2] > 200 and top[0] < 50 and bottom[0] > 200 and bottom[2] < 50
 
@@ -284,7 +285,9 @@ def test_the_centre_square_is_kept(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
 def test_links_and_folders_that_cannot_be_written(tmp_path, monkeypatch):
     root = make_folder(tmp_path / "d", {"a": 2, "b": 2}, size=16)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     plain = ltsd.load_folder(root, 16)
+    assert not (tmp_path / "cache").exists()
     (root / "train" / "b").rename(tmp_path / "elsewhere")
     (root / "train" / "b").symlink_to(tmp_path / "elsewhere")
     (root / "train" / "a" / "0.png").rename(tmp_path / "0.png")
@@ -299,7 +302,6 @@ def test_links_and_folders_that_cannot_be_written(tmp_path, monkeypatch):
         write(path, content)
 
     monkeypatch.setattr(ltsd, "write_atomic", read_only)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     linked = ltsd.load_folder(root, 16)
     assert torch.equal(linked.train_images, plain.train_images) and linked.classes == plain.classes
     assert len(tried) == 2 and len(list((tmp_path / "cache" / "ltsd").iterdir())) == 1
@@ -582,7 +584,7 @@ ODD_PLACES = [  # shell, with $L the command up to the method; the environment; 
 @pytest.mark.skipif(sys.platform != "linux", reason="bash, and names that are no text")
 @pytest.mark.parametrize("name,line,env,code,said", ODD_PLACES, ids=[row[0] for row in ODD_PLACES])
 def test_odd_places(name, line, env, code, said, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "PYTHONPATH")} | env
+    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "PYTHONPATH", "PYTHONUNBUFFERED")} | env
     environment |= {"P": sys.executable, "L": f"{HERE / 'ltsd.py'} {QUICK}"}
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, timeout=300)
     assert done.returncode == code and done.stderr == b"", done
@@ -666,10 +668,8 @@ def test_autoattack_on_two_classes_from_the_command_line(small_run, tmp_path, ca
 
 def test_a_class_without_test_images():
     model = ltsd.build_model("resnet8", 4)
+    with torch.no_grad():
+        model.linear.bias[2] = 1e4  # it always says 2
     images, labels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8), torch.tensor([0, 0, 2, 2, 2])
     row = ltsd.evaluate(model, images, labels, tail=[1, 3], attacks=("clean",))
-    assert row["tail_clean"] is None and len(row["class_clean"]) == 3
-    hits = np.array(row["class_clean"]) * [2, 0, 3] / 100
-    assert math.isclose(row["clean"], 20 * hits.sum()) and math.isclose(
-        row["balanced_clean"], 50 * (hits / [2, 1, 3]).sum()
-    )
+    assert row == dict(clean=60.0, class_clean=[0.0, 0.0, 100.0], tail_clean=None, balanced_clean=50.0)
