@@ -32,6 +32,7 @@ import math
 import os
 import pathlib
 import platform
+import signal
 import sys
 import time
 import warnings
@@ -68,6 +69,40 @@ AMP_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32
 
 class UserError(Exception):
     """A mistake the user can mend: ``main`` prints its one line and returns 2."""
+
+
+class Stopped(BaseException):
+    """A signal has ended the run: ``main`` prints its one line and returns 128 + the signal's number."""
+
+
+class Signals:
+    """What SIGINT, SIGTERM and SIGHUP do while ``main`` runs in the main thread: end the run at once; but while `wait`
+    is set, the first one only leaves its number, for ``train`` to finish its step and save."""
+
+    number, wait = None, False
+
+    def install(self):
+        """Handle them from now on, but for those that are ignored (nohup); returns the handlers to put back."""
+        self.number, self.wait = None, False
+        numbers = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
+        numbers -= {n for n in numbers if signal.getsignal(n) in (None, signal.SIG_IGN)}
+        with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
+            return {n: signal.signal(n, self.arrive) for n in numbers}
+        return {}
+
+    def arrive(self, number, frame):
+        at_once, self.number = self.number or not self.wait, number
+        if at_once:
+            self.here()
+
+    def here(self, where=""):
+        """The end of waiting: a run may end here, if a signal has arrived."""
+        self.wait = False
+        if self.number:
+            raise Stopped(f"stopped by {signal.Signals(self.number).name}{where}; the same command goes on")
+
+
+SIGNALS = Signals()
 
 
 def derive_seed(seed, *words):
@@ -672,9 +707,10 @@ def _cached(folder, name, state, build):
                 return Data(**saved)
     data = build()
     for path in places:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, {"key": key, **{f.name: getattr(data, f.name) for f in fields(data)}})
+            content = {"key": key, **{f.name: getattr(data, f.name) for f in fields(data)}}
+            write_atomic(path, content, unique=os.getpid())
             break
     return data
 
@@ -1032,6 +1068,7 @@ class FrozenCopy(nn.Module):
         super().__init__()
         self.net, self.dtype = copy.deepcopy(model).eval().requires_grad_(False), dtype
         self.compiled, self.sizes, self.runners, self.capture = None, (), {}, None
+        self.still = torch.zeros((), dtype=torch.bool, device=next(model.parameters()).device)
         self.folded, self.affine, modules, norms = [], [], dict(model.named_modules()), set()
         for name, module in modules.items():
             for pair in getattr(module, "folds", ()):
@@ -1227,6 +1264,8 @@ def _ascend(forward, objective, eps, step_size, steps, x, y, start, aux=None):
         if grad.stride() != x.stride():
             grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
         pgd_step(x_adv, grad, x, step_size, eps, low)
+    if isinstance(forward, FrozenCopy) and steps and step_size and eps:  # has no pixel of the batch moved?
+        forward.still.copy_((x_adv == start).all())
     return x_adv
 
 
@@ -1515,21 +1554,31 @@ def selection_starts(epochs):
     return epochs - math.ceil(epochs / 4) + 1
 
 
-def write_atomic(path, content):
-    """Write text, bytes, or what torch.save takes, so that readers and crashes see the old file or the new one."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+def write_atomic(path, content, unique=""):
+    """Write text, bytes, or what torch.save takes, so that readers and crashes see the old file or the new one.
+    unique: what tells apart processes that may write the file at the same time; UserError where it cannot be written."""
+    path, data = pathlib.Path(path), io.BytesIO()
+    temporary = path.with_name(f"{path.name}.tmp{unique}")  # always the same: what a killed process leaves is reused
+    if isinstance(content, (str, bytes)):
+        data.write(content.encode() if isinstance(content, str) else content)
+    else:
+        torch.save(content, data)  # not to the file: torch would hide why a write has failed
     try:
         with open(temporary, "wb") as file:
-            if isinstance(content, (str, bytes)):
-                file.write(content.encode() if isinstance(content, str) else content)
-            else:
-                torch.save(content, file)
+            file.write(data.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def unwritable(path, error):
+    """The UserError for an OSError on writing."""
+    remedy = "free some space and repeat the same command, what was saved before is whole; or try another --out"
+    return UserError(f"cannot write {path} ({error.strerror}): {remedy}")
 
 
 def read_checkpoint(path):
@@ -1596,7 +1645,8 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
     """Train a Net as `phase` and `cfg` say, going on from the run's state.pt where that belongs to this phase.
 
     data: Data on the training device; run: Run; teacher: images -> logits. Saves state.pt after every epoch and best.pt
-    at every new best. UserError when the loss is no longer finite; the last complete epoch stays saved.
+    at every new best; also in the middle of an epoch for a signal, and before an epoch that may become the best is
+    evaluated. UserError when the loss is no longer finite or no attack moves; the last complete epoch stays saved.
     """
     row, device, dtype = METHODS[phase.method], data.train_images.device, AMP_DTYPE[cfg.amp]
     model, optimizer, scaler, streams, at = _start(cfg, phase, data, run, device)
@@ -1612,14 +1662,22 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
     threat |= dict(objective=row.objective, generator=streams["noise"])
     milestones = [float(share) for share in cfg.milestones.split(",")]
     steps = math.ceil(len(phase.indices) / phase.batch_size)
+
+    def save(order, **changes):  # order: that stream as the epoch to go on with finds it
+        saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        generators = dict(order=order, noise=streams["noise"].get_state())
+        run.save_state(dict(at, phase=phase.name, generators=generators, indices=phase.indices, **saved) | changes)
+
     for epoch in range(at["epoch"] + 1, phase.epochs + 1):
-        watch, lr = Watch(device, phase, epoch, steps), lr_at(epoch, phase.epochs, cfg.lr, milestones)
+        begun, selecting = streams["order"].get_state(), phase.select and epoch >= selection_starts(phase.epochs)
+        watch, lr = Watch(device, phase, epoch, steps, at["middle"]), lr_at(epoch, phase.epochs, cfg.lr, milestones)
         for group in optimizer.param_groups:
             group["lr"] = lr
         order = phase.indices[torch.randperm(len(phase.indices), generator=streams["order"])].to(device)
         images = augment(data.train_images[order], cfg.aug, streams["order"])
         labels = data.train_labels[order]
-        for i in range(steps):
+        SIGNALS.wait = watch.step < steps
+        for i in range(watch.step, steps):
             part = slice(i * phase.batch_size, (i + 1) * phase.batch_size)
             x, y = to_float(images[part]), labels[part]
             frozen.refresh()
@@ -1639,20 +1697,26 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
-            watch.add(i, loss.detach(), logits.detach(), y)
+            watch.add(i, loss.detach(), logits.detach(), y, frozen.still & bool(row.objective))
             run.estimate(phase, i, len(x))
+            if SIGNALS.number or (selecting and i + 1 == steps):  # choosing the best must not cost the epoch
+                save(begun, middle=watch.state())
+                SIGNALS.here(f" after {phase.name}, epoch {epoch}, step {i + 1}")
         mean_loss, accuracy = watch.read()
         predicted = watch.predicted
         at["seconds"] += time.perf_counter() - watch.began
-        at |= dict(epoch=epoch, predicted=predicted.cpu())
+        at |= dict(epoch=epoch, predicted=predicted.cpu(), middle={})
         line = f"{phase.name} {epoch:>4}/{phase.epochs:<4} lr {lr:<7.2g} loss {mean_loss:8.4f}"
         line += f"  train {accuracy:6.2f}  {at['seconds'] / epoch:7.1f} s/epoch"
-        line += _select(cfg, phase, data, run, model, epoch, at, (frozen, exact))
-        saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-        generators = {name: generator.get_state() for name, generator in streams.items()}
-        run.save_state(dict(at, phase=phase.name, generators=generators, indices=phase.indices, **saved))
+        if selecting:
+            line += _select(cfg, phase, data, run, model, epoch, at, (frozen, exact))
+        at["dull"] += int(watch.at_chance())
+        if at["dull"] == epoch == math.ceil(phase.epochs / 4):
+            line += f"\nwarning: {phase.name} has only guessed in its first quarter, {epoch} epochs: try a lower --lr"
+        save(streams["order"].get_state(), row=line)
         run.log(line)  # a row in the log is an epoch on the disk
     run.set_seconds(phase.name, at["seconds"])
+    SIGNALS.here()
     frozen.runners.clear()  # they point back at their network: let go of the graphs' memory now
     return model
 
@@ -1670,26 +1734,31 @@ def _start(cfg, phase, data, run, device):
     for name, generator in streams.items():
         generator.manual_seed(derive_seed(cfg.seed, phase.name, name))
     counts = torch.tensor(phase.counts, dtype=torch.float64)
-    at = {"epoch": 0, "best": None, "seconds": 0.0, "predicted": counts}
+    at = {"epoch": 0, "best": None, "seconds": 0.0, "predicted": counts}  # after the epochs that are complete
+    at |= {"dull": 0, "row": "", "middle": {}}  # epochs at chance, last line of the log, a begun epoch's Watch
     state = run.load_state(phase.name)
     if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
         try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
             for name, generator in streams.items():
                 generator.set_state(state["generators"][name])
-        except RuntimeError:
-            raise UserError(f"{run.path} was begun on another kind of device: go on there, or --overwrite it") from None
-        phase.indices, at = state["indices"], {k: state[k] for k in at}
-        run.log(f"{phase.name}: going on after epoch {at['epoch']} of {phase.epochs}")
+            state["predicted"].expand_as(counts), state["indices"].expand_as(phase.indices)  # of the same shape?
+            [s.get("momentum_buffer", p).expand_as(p) for p, s in optimizer.state.items()]
+            phase.indices, at = state["indices"], {k: state[k] for k in at}
+        except Exception as error:  # many kinds; a generator's is another kind of device
+            said = f"{run.path / 'state.pt'} does not fit this run or device ({type(error).__name__})"
+            raise UserError(f"{said}: go on where it was begun, or --overwrite it") from error
+        if at["row"] not in (run.path / "log.txt").read_text(encoding="utf-8"):  # killed between the two
+            run.log(at["row"])
+        step = at["middle"].get("step", 0)
+        run.log(f"{phase.name}: going on after epoch {at['epoch']} of {phase.epochs} and {step} steps")
     return model, optimizer, scaler, streams, at
 
 
 def _select(cfg, phase, data, run, model, epoch, at, nets):
-    """In the selection window: evaluate on the test set and save a strictly better model as best.pt."""
-    if not phase.select or epoch < selection_starts(phase.epochs):
-        return ""
+    """Evaluate on the test set and save a strictly better model as best.pt; returns the row's last columns."""
     rule = "pgd" if METHODS[phase.method].objective else "clean"
     scored = with_evaluation_head(model, phase.counts)
     nets = tuple(net.refresh() for net in nets) if scored is model else None
@@ -1705,18 +1774,26 @@ def _select(cfg, phase, data, run, model, epoch, at, nets):
 class Watch:
     """An epoch's loss, accuracy and predictions, kept on the device and read every SYNC_EVERY steps."""
 
-    def __init__(self, device, phase, epoch, steps):
-        wide = dict(dtype=torch.float64, device=device)
-        self.total = torch.zeros(4, **wide)  # loss, correct, seen, first bad step + 1
-        self.predicted = torch.zeros(len(phase.counts), **wide)  # how often each class
-        self.phase, self.epoch, self.steps, self.began = phase, epoch, steps, time.perf_counter()
+    def __init__(self, device, phase, epoch, steps, middle):
+        # loss, correct, seen, first bad step + 1, attacks that moved nothing; then how often each class is predicted
+        now = dict(step=0, seconds=0.0, total=torch.zeros(5), predicted=torch.zeros(len(phase.counts))) | middle
+        self.total, self.predicted = (now[k].to(device, torch.float64) for k in ("total", "predicted"))
+        self.phase, self.epoch, self.steps, self.step = phase, epoch, steps, now["step"]
+        self.began = time.perf_counter() - now["seconds"]
 
-    def add(self, step, loss, logits, y):
+    def state(self):
+        """What an epoch that ends here goes on from, once it is known that all is well."""
+        self.read()
+        spent = time.perf_counter() - self.began
+        return dict(step=self.step, total=self.total.cpu(), predicted=self.predicted.cpu(), seconds=spent)
+
+    def add(self, step, loss, logits, y, still):
+        self.step = step + 1
         first_bad = (~torch.isfinite(loss) & (self.total[3] == 0)) * (step + 1.0)
         guess, seen = logits.argmax(1), torch.full_like(loss, len(y))
         correct = (guess == y).sum()
         self.predicted.index_add_(0, guess, torch.ones_like(guess, dtype=torch.float64))
-        self.total += torch.stack([loss * len(y), correct, seen, first_bad])
+        self.total += torch.stack([loss * len(y), correct, seen, first_bad, still])
         if (step + 1) % SYNC_EVERY == 0:
             loss, _ = self.read()
             if sys.stderr.isatty():
@@ -1727,12 +1804,20 @@ class Watch:
                 print(f"{line + '  ETA ' + eta:<79}", end="\r", file=sys.stderr, flush=True)
 
     def read(self):
-        """(mean loss, accuracy in percent) so far; UserError if a loss was NaN or infinite."""
-        loss, correct, seen, bad = self.total.tolist()
-        if bad:
-            where = f"{self.phase.name}, epoch {self.epoch}, step {bad:.0f}"
-            raise UserError(f"the loss was not finite ({where}); the epoch before is saved: try a lower --lr")
+        """(mean loss, accuracy in percent) so far; UserError if a loss was not finite, or no attack moved a pixel."""
+        loss, correct, seen, bad, still = self.total.tolist()
+        if bad or still == self.step:
+            what = "the loss was not finite" if bad else "the attack's gradient was zero for every image"
+            where = f"{self.phase.name}, epoch {self.epoch}, step {bad or self.step:.0f}"
+            raise UserError(f"{what} ({where}); the epoch before is saved: try a lower --lr")
         return loss / max(seen, 1), 100 * correct / max(seen, 1)
+
+    def at_chance(self):
+        """Is the accuracy within two standard errors of guesses that know nothing of the image, or worse? On a long
+        tail that may be far above 1/C: always the head class is right as often as the head class is there."""
+        guesses, counts = self.predicted.tolist(), self.phase.counts
+        chance = sum(g * n for g, n in zip(guesses, counts)) / (sum(guesses) * sum(counts))
+        return self.read()[1] / 100 <= chance + 2 * math.sqrt(chance * (1 - chance) / sum(guesses))
 
 
 def hms(seconds):
@@ -2372,26 +2457,51 @@ class Run:
 
     FILES = ("config.json", "log.txt", "state.pt", "teacher.pt", "best.pt", "last.pt", "results.json", "aa.pt")
 
-    def __init__(self, cfg, argv=()):
+    def __init__(self, cfg):
         self.cfg, self.path = cfg, pathlib.Path(cfg.out or pathlib.Path("runs", run_name(cfg)))
         self.plan, self._clock, self.fingerprint = [], None, None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._claim()
-            self._log = open(self.path / "log.txt", "a", encoding="utf-8")  # closed with the process
+            self.file = open(self.path / "log.txt", "ab")  # closed, it lets go of the folder
+            if cfg.stage != "report":
+                self._lock()
         except OSError as error:
-            raise UserError(f"cannot write to {self.path} ({error.strerror}): try another --out") from error
-        self.environment = environment(cfg)
-        self.log(f"run {self.path}")
+            raise unwritable(self.path, error) from error
+
+    def begin(self, argv):
+        """Claim the folder for this configuration and open its log."""
+        self._claim()
+        self.environment = environment(self.cfg)
+        self.log(f"run {self.path}" + (f", process {os.getpid()}" if self.cfg.stage != "report" else ""))
         self.log("argv " + " ".join(map(str, argv)), quiet=True)
         self.log(", ".join(f"{k} {v}" for k, v in self.environment.items()))
 
+    def _lock(self):
+        """Keep other processes out by the system's lock on log.txt; only then may --overwrite empty the folder."""
+        log = self.path / "log.txt"
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                os.lseek(self.file.fileno(), 1 << 30, os.SEEK_SET)  # one byte far behind the text, which stays readable
+                msvcrt.locking(self.file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # other errors: a drive without locks
+            if isinstance(error, (BlockingIOError, PermissionError)):
+                user = log.read_text("utf-8", "replace").rpartition(", process ")[2].split("\n")[0] or "?"
+                raise UserError(
+                    f"{self.path} is in use by process {user}: wait for it, or choose another --out"
+                ) from None
+        for name in set(self.FILES) - {"log.txt"} if self.cfg.overwrite else ():
+            (self.path / name).unlink(missing_ok=True)
+        self.file.truncate(0 if self.cfg.overwrite else log.read_bytes().rfind(b"\n") + 1)  # no torn last line
+
     def _claim(self):
-        """Write config.json, or compare with the one that is there; --overwrite empties the folder first."""
+        """Write config.json, or compare with the one that is there."""
         path, mine = self.path / "config.json", identity(self.cfg)
-        if self.cfg.overwrite:
-            for name in self.FILES:
-                (self.path / name).unlink(missing_ok=True)
         if path.exists():
             try:
                 theirs = json.loads(path.read_text())["identity"]
@@ -2405,9 +2515,12 @@ class Run:
 
     def log(self, line, quiet=False):
         """One line to log.txt and, unless quiet, to the screen."""
+        try:
+            os.write(self.file.fileno(), f"{line}\n".encode(errors="replace"))
+        except OSError as error:
+            raise unwritable(self.path / "log.txt", error) from error
         if not quiet:
             print(line, flush=True)
-        print(line, file=self._log, flush=True)
 
     def has(self, name):
         return (self.path / f"{name}.pt").exists()
@@ -2424,7 +2537,7 @@ class Run:
         if not self.has("state"):
             return None
         state = read_checkpoint(self.path / "state.pt")
-        if not isinstance(state, dict) or "fingerprint" not in state:
+        if not isinstance(state, dict) or not {"fingerprint", "phase", "epoch"} <= state.keys():
             raise UserError(f"{self.path / 'state.pt'} is no training state: start afresh with --overwrite")
         if state["fingerprint"] != self.fingerprint:
             raise UserError(f"the training images are not those {self.path} began with: use another --out")
@@ -3193,7 +3306,7 @@ class SavedState(dict):
         self.path, self.key = path, key
         if path.exists():
             saved = read_checkpoint(path)
-            if isinstance(saved, dict) and saved.get("key") == key:
+            if isinstance(saved, dict) and saved.get("key") == key and isinstance(saved.get("state"), dict):
                 super().update(saved["state"])
 
     def __setitem__(self, name, found):
@@ -3303,7 +3416,14 @@ def tune_process(cfg):
 
 def run_one(cfg, argv):
     """All that one scalar, resolved Config asks for; returns (cfg, results) where there is a table."""
-    run = Run(cfg, argv)
+    run = Run(cfg)
+    with run.file:
+        run.begin(argv)
+        return carry_out(cfg, run)
+
+
+def carry_out(cfg, run):
+    """What run_one does in the folder that it has opened."""
     if cfg.stage == "report":
         return stage_report(cfg, run)
     tune_process(cfg)
@@ -3345,8 +3465,9 @@ def stage_theory(cfg):
 
 def main(argv=None) -> int:
     """The command line: one run per element of the comma lists' product. Returns the exit code: 0, 2 for an error of
-    the user's (one line on stderr), 1 for one of ours."""
+    the user's (one line on stderr), 1 for one of ours, 128 + the number of a signal that has ended it."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    kept = SIGNALS.install()
     try:
         cfg = parse_args(argv)
         if cfg.figures:
@@ -3360,6 +3481,9 @@ def main(argv=None) -> int:
         else:
             stage_runs(cfg, argv)
         return 0
+    except Stopped as stopped:
+        print(f"ltsd: {stopped}", file=sys.stderr)
+        return 128 + SIGNALS.number
     except Exception as error:
         if "--debug" in argv:
             raise
@@ -3367,6 +3491,9 @@ def main(argv=None) -> int:
         hint = f"{type(error).__name__}, unexpected; --debug shows where: " if ours else ""
         print(f"ltsd: error: {hint}{' '.join(str(error).split())}", file=sys.stderr)
         return 1 if ours else 2
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
