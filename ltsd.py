@@ -1556,7 +1556,7 @@ def selection_starts(epochs):
 
 def write_atomic(path, content, unique=""):
     """Write text, bytes, or what torch.save takes, so that readers and crashes see the old file or the new one.
-    unique: what tells apart processes that may write the file at the same time; UserError where it cannot be written."""
+    unique: tells apart processes that may write the file at the same time. UserError where it cannot be written."""
     path, data = pathlib.Path(path), io.BytesIO()
     temporary = path.with_name(f"{path.name}.tmp{unique}")  # always the same: what a killed process leaves is reused
     if isinstance(content, (str, bytes)):
@@ -1712,7 +1712,7 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
             line += _select(cfg, phase, data, run, model, epoch, at, (frozen, exact))
         at["dull"] += int(watch.at_chance())
         if at["dull"] == epoch == math.ceil(phase.epochs / 4):
-            line += f"\nwarning: {phase.name} has only guessed in its first quarter, {epoch} epochs: try a lower --lr"
+            line += f"\nwarning: {phase.name} has only guessed up to epoch {epoch}, its first quarter: try a lower --lr"
         save(streams["order"].get_state(), row=line)
         run.log(line)  # a row in the log is an epoch on the disk
     run.set_seconds(phase.name, at["seconds"])
@@ -1814,10 +1814,12 @@ class Watch:
 
     def at_chance(self):
         """Is the accuracy within two standard errors of guesses that know nothing of the image, or worse? On a long
-        tail that may be far above 1/C: always the head class is right as often as the head class is there."""
+        tail that may be far above 1/C: always the head class is right as often as the head class is there. No where
+        the images are too few to tell."""
         guesses, counts = self.predicted.tolist(), self.phase.counts
         chance = sum(g * n for g, n in zip(guesses, counts)) / (sum(guesses) * sum(counts))
-        return self.read()[1] / 100 <= chance + 2 * math.sqrt(chance * (1 - chance) / sum(guesses))
+        limit = chance + 2 * math.sqrt(chance * (1 - chance) / sum(guesses))
+        return self.read()[1] / 100 <= limit < 2 * chance
 
 
 def hms(seconds):
