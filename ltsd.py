@@ -1784,7 +1784,7 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
             line += _select(cfg, phase, data, run, model, epoch, at, (frozen, exact))
         at["dull"] += int(watch.at_chance())
         if at["dull"] == epoch == math.ceil(phase.epochs / 4):
-            line += f"\nwarning: {phase.name} has only guessed in its first quarter, {epoch} epochs: try a lower --lr"
+            line += f"\nwarning: {phase.name} has only guessed up to epoch {epoch}, its first quarter: try a lower --lr"
         save(streams["order"].get_state(), row=line)
         run.log(line)  # a row in the log is an epoch on the disk
     run.set_seconds(phase.name, at["seconds"])
@@ -1933,10 +1933,12 @@ class Watch:
 
     def at_chance(self):
         """Is the accuracy within two standard errors of guesses that know nothing of the image, or worse? On a long
-        tail that may be far above 1/C: always the head class is right as often as the head class is there."""
+        tail that may be far above 1/C: always the head class is right as often as the head class is there. No where
+        the images are too few to tell."""
         guesses, counts = self.predicted.tolist(), self.phase.counts
         chance = sum(g * n for g, n in zip(guesses, counts)) / (sum(guesses) * sum(counts))
-        return self.read()[1] / 100 <= chance + 2 * math.sqrt(chance * (1 - chance) / sum(guesses))
+        limit = chance + 2 * math.sqrt(chance * (1 - chance) / sum(guesses))
+        return self.read()[1] / 100 <= limit < 2 * chance
 
 
 def hms(seconds):
@@ -2580,7 +2582,7 @@ class Run:
 
     FILES = ("config.json", "state.pt", "teacher.pt", "best.pt", "last.pt", "results.json")
 
-    def __init__(self, cfg, argv=()):
+    def __init__(self, cfg):
         self.cfg, self.path = cfg, pathlib.Path(cfg.out or pathlib.Path("runs", run_name(cfg)))
         self.plan, self._clock, self.fingerprint = [], None, None
         try:
@@ -2588,13 +2590,16 @@ class Run:
             self.file = open(os.devnull if RANK else self.path / "log.txt", "ab")  # closed, it lets go of the folder
             if cfg.stage != "report" and not RANK:
                 self._lock()
-            if not RANK:
-                self._claim()
         except OSError as error:
             raise unwritable(self.path, error) from error
+
+    def begin(self, argv):
+        """Claim the folder for this configuration and open its log."""
+        if not RANK:
+            self._claim()
         gather(None)  # no rank looks into the folder before it is ours
-        self.environment = environment(cfg)
-        self.log(f"run {self.path}" + (f", process {os.getpid()}" if cfg.stage != "report" else ""))
+        self.environment = environment(self.cfg)
+        self.log(f"run {self.path}" + (f", process {os.getpid()}" if self.cfg.stage != "report" else ""))
         self.log("argv " + " ".join(map(str, argv)), quiet=True)
         self.log(", ".join(f"{k} {v}" for k, v in self.environment.items()))
 
@@ -2613,8 +2618,8 @@ class Run:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:  # other errors: a drive without locks
             if isinstance(error, (BlockingIOError, PermissionError)):
-                user = "process " + log.read_text("utf-8", "replace").rpartition(", process ")[2].split("\n")[0]
-                raise UserError(f"{self.path} is in use by {user}: wait for it, or choose another --out") from None
+                user = log.read_text("utf-8", "replace").rpartition(", process ")[2].split("\n")[0] or "?"
+                raise UserError(f"{self.path} is in use by process {user}: wait or choose another --out") from None
         for old in (*map(self.path.joinpath, self.FILES), *self.path.glob("aa*.pt")) if self.cfg.overwrite else ():
             old.unlink(missing_ok=True)
         self.file.truncate(0 if self.cfg.overwrite else log.read_bytes().rfind(b"\n") + 1)  # no torn last line
@@ -3542,12 +3547,13 @@ def tune_process(cfg):
 
 def run_one(cfg, argv):
     """All that one scalar, resolved Config asks for; returns (cfg, results) where there is a table."""
-    run = Run(cfg, argv)
+    run = Run(cfg)
     with run.file:
-        return run_stages(cfg, run)
+        run.begin(argv)
+        return carry_out(cfg, run)
 
 
-def run_stages(cfg, run):
+def carry_out(cfg, run):
     """What run_one does in the folder that it has opened."""
     if cfg.stage == "report":
         return stage_report(cfg, run)

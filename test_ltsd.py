@@ -1414,8 +1414,8 @@ def test_run_folder(finished):
     assert log.count("teacher    ") == 2 and log.count("student    ") == 3
 
 
-def same_run(a, b):
-    for name in ("teacher", "best", "last"):
+def same_run(a, b, *names):
+    for name in names or ("teacher", "best", "last"):
         one, two = (torch.load(d / f"{name}.pt", weights_only=True) for d in (a, b))
         assert one["epoch"] == two["epoch"]
         assert all(torch.equal(v, two["state_dict"][k]) for k, v in one["state_dict"].items()), name
