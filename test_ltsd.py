@@ -13,12 +13,10 @@ import pathlib
 import pickle
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import tarfile
 import threading
-import time
 import warnings
 import zipfile
 from statistics import fmean
