@@ -1659,7 +1659,9 @@ def unwritable(path, error):
 def read_checkpoint(path):
     """A file of tensors and plain values; UserError where it is missing, damaged, foreign or holds code."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch thinks of a foreign pickle, beside our one line
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # torch and pickle raise many kinds on a damaged file

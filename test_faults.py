@@ -67,7 +67,7 @@ class Nursery:
 def nursery(tmp_path_factory):
     made = Nursery(tmp_path_factory.mktemp("nursery"))
     yield made
-    made.process.stdin.close()
+    made.process.kill()
     made.process.wait()
 
 
@@ -395,7 +395,7 @@ FILES = {  # name -> (files to remove before, further arguments)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_no_checkpoint_is_refused_by_name(name, finished, tmp_path, capsys):
+def test_a_file_that_is_no_checkpoint_is_refused_by_name(name, finished, tmp_path, capsys, recwarn):
     class Evil:
         def __reduce__(self):
             return pathlib.Path.touch, (tmp_path / "executed",)
@@ -412,7 +412,9 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(name, finished, tmp_pat
         (tmp_path / "b" / name).write_bytes(content)
         assert ltsd.main([*TINY, *more, "--out", str(tmp_path / "b")]) == 2
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and f"{tmp_path / 'b' / name} is damaged or no checkpoint" in err
+        assert (
+            err.count("\n") == 1 and not recwarn.list and f"{tmp_path / 'b' / name} is damaged or no checkpoint" in err
+        )
         assert not (tmp_path / "executed").exists()
         assert (tmp_path / "b" / name).read_bytes() == content
         shutil.rmtree(tmp_path / "b")
@@ -534,7 +536,7 @@ def test_chance_is_what_guesses_of_these_frequencies_would_hit():
     assert watch_of(900, [1000, 0, 0], tail).at_chance()  # always the head: 90 % right, and nothing learnt
     assert not watch_of(960, [920, 60, 20], tail).at_chance()
     even = [100, 100, 100]
-    assert not watch_of(1, [4, 4, 4], [4, 4, 4]).at_chance()  # 12 images tell nothing
+    assert not watch_of(1, [2, 2, 2], [2, 2, 2]).at_chance()  # 6 images tell nothing
     assert watch_of(105, [100, 100, 100], even).at_chance() and watch_of(20, [100, 100, 100], even).at_chance()
     assert not watch_of(150, [100, 100, 100], even).at_chance()
     deviation = math.sqrt(300 * 1 / 3 * 2 / 3)
@@ -543,12 +545,12 @@ def test_chance_is_what_guesses_of_these_frequencies_would_hit():
 
 
 def test_a_run_that_only_guesses_is_warned_once(tmp_path, capsys):
-    args = [*TINY, "--method", "at-bsl", "--stage", "distill", "--epochs", "8", "--lr", "0"]
-    args[args.index("--train-limit") + 1] = "600"
+    args = [*TINY, "--method", "at-bsl", "--stage", "distill", "--epochs", "5", "--lr", "0"]
+    args[args.index("--train-limit") + 1] = "400"
     assert ltsd.main([*args, "--out", str(tmp_path / "a")]) == 0
     (warned,) = (line for line in capsys.readouterr().out.split("\n") if "warning" in line)
     assert warned == "warning: student has only guessed up to epoch 2, its first quarter: try a lower --lr"
-    assert re.search(r"^student +2/8 .*\nwarning: .*\nstudent +3/8", log_of(tmp_path / "a"), re.M)
+    assert re.search(r"^student +2/5 .*\nwarning: .*\nstudent +3/5", log_of(tmp_path / "a"), re.M)
 
 
 def test_a_run_that_learns_is_not_warned(tmp_path, capsys):

@@ -13,12 +13,10 @@ import pathlib
 import pickle
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import tarfile
 import threading
-import time
 import warnings
 import zipfile
 from statistics import fmean
@@ -1426,9 +1424,10 @@ def same_run(a, b, *names):
     assert rows[0] == rows[1]  # the same epochs, none twice
 
 
-@pytest.mark.parametrize("write", [1, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("write", [1, 3, 4, 5, 6, 8, 9, 10])
 def test_a_crash_inside_any_write_loses_no_finished_epoch(finished, tmp_path, monkeypatch, write):
-    """The writes: config, 2 teacher states, results, teacher.pt, states 1, 2, best.pt, state 3 and more."""
+    """The writes: config, 2 teacher states, results, teacher.pt, states 1, 2, one before epoch 3 is evaluated, best.pt,
+    state 3 and more."""
     real, count = os.replace, [0]
 
     class Killed(BaseException):
@@ -1449,28 +1448,7 @@ def test_a_crash_inside_any_write_loses_no_finished_epoch(finished, tmp_path, mo
     assert ltsd.main([*TINY, "--out", str(tmp_path / "b")]) == 0
     redone = [line for line in (tmp_path / "b" / "log.txt").read_text().split("\n") if "going on after" in line]
     assert len(redone) <= 1
-    if write != 8:  # the eighth is best.pt, whose epoch was not yet finished
-        same_run(finished, tmp_path / "b")
-
-
-@pytest.mark.parametrize("phase,epoch", [("teacher", 1), ("student", 2)])
-def test_sigkill_and_resume_is_bit_identical(finished, tmp_path, phase, epoch):
-    out = tmp_path / "b"
-    process = subprocess.Popen(
-        [sys.executable, "ltsd.py", *TINY, "--out", str(out)], cwd=HERE, stdout=subprocess.DEVNULL
-    )
-    for _ in range(3000):
-        if (out / "log.txt").exists() and re.search(rf"^{phase} +{epoch}/", (out / "log.txt").read_text(), re.M):
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (out / "results.json").exists() or "checkpoints" not in json.loads((out / "results.json").read_text())
-    resumed = [sys.executable, "ltsd.py", *TINY, "--out", str(out)]
-    assert subprocess.run(resumed, cwd=HERE, stdout=subprocess.DEVNULL).returncode == 0
-    for name in ("teacher", "best", "last"):
-        one, two = (torch.load(d / f"{name}.pt", weights_only=True)["state_dict"] for d in (finished, out))
-        assert all(torch.equal(v, two[k]) for k, v in one.items())
+    same_run(finished, tmp_path / "b")
 
 
 def test_the_whole_runs_time_is_estimated_early(tmp_path, capsys):
