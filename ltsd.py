@@ -2621,7 +2621,8 @@ class Run:
         except OSError as error:  # other errors: a drive without locks
             if isinstance(error, (BlockingIOError, PermissionError)):
                 user = log.read_text("utf-8", "replace").rpartition(", process ")[2].split("\n")[0] or "?"
-                raise UserError(f"{self.path} is in use by process {user}: wait or choose another --out") from None
+                holder = f"{self.path} is in use by process {user}"
+                raise UserError(f"{holder}: wait for it, or choose another --out") from None
         for old in (*map(self.path.joinpath, self.FILES), *self.path.glob("aa*.pt")) if self.cfg.overwrite else ():
             old.unlink(missing_ok=True)
         self.file.truncate(0 if self.cfg.overwrite else log.read_bytes().rfind(b"\n") + 1)  # no torn last line
