@@ -1653,6 +1653,8 @@ def write_atomic(path, content, unique="", rank=0):
 def unwritable(path, error):
     """The UserError for an OSError on writing."""
     remedy = "free some space and repeat the same command, what was saved before is whole; or try another --out"
+    if isinstance(error, (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)):
+        remedy = "check this path and the rights to it, or try another --out"
     return UserError(f"cannot write {path} ({error.strerror}): {remedy}")
 
 

@@ -90,12 +90,12 @@ ODD_ARGUMENTS = [
     ("--stage eval --checkpoint ''", "--checkpoint '': is empty"),
     ("--checkpoint best.pt --stage distill", "--checkpoint best.pt: goes with --stage eval only"),
     ("--stage eval,report", "--stage 'eval,report': choose from"),
-    ("--overwrite yes", "unrecognized arguments: yes"),
+    ("--overwrite yes", "argument 'yes': goes with --stage report only"),
     ("--overwrite=1", "--overwrite"),
     ("--over", "unrecognized arguments: --over"),
-    ("cifar10", "unrecognized arguments: cifar10"),
-    ("@args.txt", "unrecognized arguments: @args.txt"),
-    ("'a\nb'", "unrecognized arguments: a b"),
+    ("cifar10", "argument 'cifar10': goes with"),
+    ("@args.txt", "argument '@args.txt': goes with"),
+    ("'a\nb'", "argument 'a\\nb': goes with"),
     ("--teacher-method ltsd", "--teacher-method 'ltsd': choose from"),
     ("--official --method natural", "--official: natural has published settings for no data set"),
     ("--official --method ltsd,trades --data tinyimagenet", "--official: trades has published settings for cifar10"),
@@ -295,11 +295,11 @@ def test_links_and_folders_that_cannot_be_written(tmp_path, monkeypatch):
     (root / ".ltsd-folder-16.pt").unlink()
     write, tried = ltsd.write_atomic, []
 
-    def read_only(path, content):
+    def read_only(path, content, **kw):
         tried.append(path)
         if path.parent == root:
             raise PermissionError(13, "Permission denied", str(path))
-        write(path, content)
+        write(path, content, **kw)
 
     monkeypatch.setattr(ltsd, "write_atomic", read_only)
     linked = ltsd.load_folder(root, 16)
@@ -492,14 +492,14 @@ def as_folder(name):
 
 
 CONFIG, RESULTS = ("config.json is damaged", "--overwrite"), ("results.json is damaged", "use --stage eval")
-NO_WRITE = ("cannot write to", "Is a directory", "try another --out")
+NO_WRITE = ("cannot write", "Is a directory", "check this path", "try another --out")
 ODD_RUNS = [
     *((f"config {kind}", replaced("config.json", text), "", CONFIG) for kind, text in (
         ("empty", b""), ("text", b"hello\nworld"), ("binary", b"\xff\xfe"), ("list", b"[1]"), ("null", b"null"),
         ("without identity", b"{}"), ("with an odd identity", b'{"identity": [1]}'))),
     ("config of another version", rewritten("config.json", lambda c: c["identity"].pop("lr")), "",
      ("another configuration (lr None there, 0.1 here)", "--overwrite")),
-    ("config a folder", as_folder("config.json"), "", NO_WRITE),
+    ("config a folder", as_folder("config.json"), "", ("config.json: Is a directory", "check")),
     *((f"results {kind}", replaced("results.json", text), "--stage report", RESULTS) for kind, text in (
         ("empty", b""), ("text", b"hello\nworld"), ("binary", b"\xff\xfe"), ("list", b"[1]"), ("null", b"null"),
         ("of lists", b'{"checkpoints": [1]}'))),
@@ -513,10 +513,10 @@ ODD_RUNS = [
     ("state a folder", as_folder("state.pt"), "--overwrite", NO_WRITE),
     ("best gone", lambda f: (f / "best.pt").unlink(), "", ("best.pt does not exist", "--stage all --overwrite")),
     ("last gone", lambda f: (f / "last.pt").unlink(), "--stage eval", ("last.pt does not", "--stage distill")),
-    ("folder is a file", lambda f: (shutil.rmtree(f), f.write_text("")), "", ("cannot write to", "File exists")),
+    ("folder is a file", lambda f: (shutil.rmtree(f), f.write_text("")), "", ("cannot write", "File exists): check")),
     ("bench into a file", lambda f: (shutil.rmtree(f), f.write_text("")), "--stage bench", ("run: File exists",)),
     ("under a file", lambda f: (shutil.rmtree(f.parent), f.parent.write_text("")), "", ("Not a directory",)),
-    ("link to nowhere", lambda f: (shutil.rmtree(f), f.symlink_to("none")), "", ("cannot write to",)),
+    ("link to nowhere", lambda f: (shutil.rmtree(f), f.symlink_to("none")), "", ("cannot write", "check this path",)),
 ]  # fmt: skip
 
 
