@@ -1668,7 +1668,7 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
         exact.speed_up(EVAL_BATCH)
     if WORLD > 1:
         student = nn.parallel.DistributedDataParallel(student)
-        student.broadcast_buffers = False  # before a second forward it would break the backward: see average_buffers
+        student.broadcast_buffers = False  # a second forward would begin with rank 0's; average_buffers ends the step
     counts = torch.tensor(phase.counts, dtype=torch.float32, device=device)
     predicted = at["predicted"].to(device)  # per class, in the epoch before; the counts in the first
     threat = dict(eps=cfg.eps / 255, step_size=cfg.step_size / 255, steps=cfg.steps, objective=row.objective)
