@@ -19,7 +19,7 @@ TINY = "--data synthetic --ir 3 --train-limit 60 --test-limit 20 --steps 2 --tea
 TINY = (TINY + " --batch-size 16 --teacher-batch-size 64 --device cpu").split()
 
 # Runs `main`, with small evaluations that both ranks have a part in; leaves its process id beside itself; checks that
-# the ranks end a training with the same network, that no forward copies rank 0's batch statistics, and that rank 1 leaves
+# the ranks end a training with the same network, that no forward copies rank 0's statistics, and that rank 1 leaves
 # no file but AutoAttack's state. MODE fixed: no batch statistics; lame: rank 1 has no data.
 DRIVER = """
 import os, pathlib, sys
