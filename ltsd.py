@@ -1808,7 +1808,7 @@ def _fast_versions(cfg, phase, model):
         exact.speed_up(EVAL_BATCH)
     if WORLD > 1:
         student = nn.parallel.DistributedDataParallel(student)
-        student.broadcast_buffers = False  # before a second forward it would break the backward: see average_buffers
+        student.broadcast_buffers = False  # a second forward would begin with rank 0's; average_buffers ends the step
     return student, frozen, exact
 
 

@@ -19,8 +19,8 @@ TINY = "--data synthetic --ir 3 --train-limit 60 --test-limit 20 --steps 2 --tea
 TINY = (TINY + " --batch-size 16 --teacher-batch-size 64 --device cpu").split()
 
 # Runs `main`, with small evaluations that both ranks have a part in; leaves its process id beside itself; checks that
-# the ranks end a training with the same network, and that rank 1 leaves no file but AutoAttack's state. MODE fixed: no
-# batch statistics; lame: rank 1 has no data.
+# the ranks end a training with the same network, that no forward copies rank 0's statistics, and that rank 1 leaves
+# no file but AutoAttack's state. MODE fixed: no batch statistics; lame: rank 1 has no data.
 DRIVER = """
 import os, pathlib, sys
 import torch
@@ -36,6 +36,11 @@ def checked(*args):
     assert all(torch.equal(first[key], other[key]) for other in others for key in first)
     return model
 
+class DDP(torch.nn.parallel.DistributedDataParallel):
+    def forward(self, *args, **kwargs):
+        assert not self.will_sync_module_buffers()
+        return super().forward(*args, **kwargs)
+
 def lame(cfg):
     raise ltsd.UserError("nothing to load")
 
@@ -43,7 +48,7 @@ def replace(source, target, real=os.replace):
     assert rank == 0 or pathlib.Path(target).name == "aa1.pt"
     real(source, target)
 
-os.replace, ltsd.train = replace, checked
+os.replace, ltsd.train, torch.nn.parallel.DistributedDataParallel = replace, checked, DDP
 ltsd.evaluate.__kwdefaults__["batch_size"] = 6
 ltsd.autoattack.__kwdefaults__ |= dict(iterations=4, queries=20, targets=2)
 if mode == "fixed":
