@@ -1,6 +1,9 @@
 """Tests of ltsd.py, in the order of its sections. CPU only; `python -m pytest -q test_ltsd.py`."""
 
+import ast
 import collections
+import contextlib
+import errno
 import functools
 import hashlib
 import http.server
@@ -11,14 +14,21 @@ import math
 import os
 import pathlib
 import pickle
+import random
 import re
 import shlex
+import shutil
+import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import threading
+import time
+import types
 import warnings
 import zipfile
+import zlib
 from statistics import fmean
 
 import numpy as np
@@ -2472,3 +2482,1445 @@ def test_public_names_are_documented():
     assert not [n.name for n in public if not ast.get_docstring(n)]
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     assert not [n.name for n in functions if n.end_lineno - n.lineno >= 80]
+
+
+# Odd input -------------------------------------------------------------------------------
+# Each row: what is odd, and what the one line on stderr must say. WRONG (section 2) has the plain mistakes.
+
+FOLDER = "--data folder --image-size 16 --arch resnet8 --steps 1 --epochs 1 --teacher-epochs 1 --attacks clean,pgd"
+FOLDER = (FOLDER + " --device cpu").split()
+
+
+def refused(capsys, argv, *said):
+    """main(argv) ends with code 2 and a single line on stderr that has all of `said`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a warning would be two more lines
+        warnings.simplefilter("error", RuntimeWarning)  # PIL's of big images is one
+        code = ltsd.main([str(a) for a in argv])
+    err = capsys.readouterr().err
+    assert code == 2 and err.startswith("ltsd: error: ") and err.count("\n") == 1 and len(err) < 600, err
+    assert all(words in err for words in said), err
+
+
+HUGE = "9" * 400
+ODD_ARGUMENTS = [
+    ("--seed ''", "--seed '': expected int"),
+    ("--seed", "--seed: expected one argument"),
+    ("--seed --ir 3", "--seed: expected one argument"),
+    ("--seed 1,,2", "--seed '': expected int"),
+    ("--seed=-1", "--seed -1: must be at least 0"),
+    ("--seed 0x10", "--seed '0x10': expected int"),
+    (f"--seed {HUGE}", "must be a finite number below 2**63"),
+    (f"--epochs=-{HUGE}", "must be a finite number below 2**63"),
+    ("--batch-size 9223372036854775808", "--batch-size 9223372036854775808: must be a finite number below 2**63"),
+    ("--batch-size 0", "--batch-size 0: must be at least 1"),
+    ("--epochs 1.5", "--epochs '1.5': expected int"),
+    ("--epochs 1e3", "--epochs '1e3': expected int"),
+    ("--train-limit 0", "--train-limit 0: must be at least 1"),
+    ("--test-limit 0", "--test-limit 0: must be at least 1"),
+    ("--eval-steps -1", "--eval-steps -1: must be at least 0"),
+    ("--ir ,", "--ir '': expected float"),
+    ("--ir 10,", "--ir '': expected float"),
+    ("--ir 1e400", "--ir inf: must be a finite number"),
+    ("--ir=-0", "--ir -0: must be at least 1"),
+    ("--ir ½", "--ir '½': expected float"),
+    ("--ir '1 0'", "--ir '1 0': expected float"),
+    ("--lr 1e30", "--lr 1e+30: must be a finite number"),
+    ("--alpha 1,nan", "--alpha nan: must be a finite number"),
+    ("--gamma 1e5", "--gamma 100000: must be at most 10000"),
+    ("--gamma -1", "--gamma -1: must be at least 0"),
+    ("--eval-eps 256", "--eval-eps 256: must be at most 255"),
+    ("--method ltsd,", "--method '': choose from"),
+    ("--method all,ltsd", "--method 'all': choose from"),
+    ("--method LTSD", "--method 'LTSD': choose from"),
+    ("--data ''", "--data '': choose from"),
+    ("--data 'cifar10\ncifar100'", "--data 'cifar10\\ncifar100': choose from"),
+    ("--device ''", "--device '': is empty"),
+    ("--device mps", "--device 'mps': choose auto, cpu, cuda or cuda:N"),
+    ("--device cuda:x", "--device 'cuda:x'"),
+    ("--milestones ''", "--milestones '': is empty"),
+    ("--milestones 0.9,0.75", "--milestones '0.9,0.75': want rising shares"),
+    ("--milestones 75", "--milestones '75': want rising shares"),
+    ("--milestones nan", "--milestones 'nan': want rising shares"),
+    ("--attacks 'clean, pgd'", "--attacks 'clean, pgd': a comma list of clean, pgd, aa"),
+    ("--attacks clean,,pgd", "--attacks 'clean,,pgd'"),
+    ("--out ''", "--out '': is empty"),
+    ("--data-dir ''", "--data-dir '': is empty"),
+    ("--teacher ''", "--teacher '': is empty"),
+    ("--stage eval --checkpoint ''", "--checkpoint '': is empty"),
+    ("--checkpoint best.pt --stage distill", "--checkpoint best.pt: goes with --stage eval only"),
+    ("--stage eval,report", "--stage 'eval,report': choose from"),
+    ("--overwrite yes", "argument 'yes': goes with --stage report only"),
+    ("--overwrite=1", "--overwrite"),
+    ("--over", "unrecognized arguments: --over"),
+    ("cifar10", "argument 'cifar10': goes with"),
+    ("@args.txt", "argument '@args.txt': goes with"),
+    ("'a\nb'", "argument 'a\\nb': goes with"),
+    ("--teacher-method ltsd", "--teacher-method 'ltsd': choose from"),
+    ("--official --method natural", "--official: natural has published settings for no data set"),
+    ("--official --method ltsd,trades --data tinyimagenet", "--official: trades has published settings for cifar10"),
+    ("--official --data folder", "not for folder"),
+    ("--data folder --image-size 15", "--image-size 15: must be at least 16"),
+    ("--data folder --image-size 513", "--image-size 513: must be at most 512"),
+]
+
+
+@pytest.mark.parametrize("args,said", ODD_ARGUMENTS, ids=[a[:40].replace("\n", " ") for a, _ in ODD_ARGUMENTS])
+def test_odd_arguments(args, said, capsys, monkeypatch):
+    monkeypatch.setattr(ltsd, "run_one", lambda *a: pytest.fail("let through"))
+    refused(capsys, ["--device", "cpu", *shlex.split(args)], said)
+
+
+RIGHT_ARGUMENTS = [
+    ("--seed 3,3", dict(seed=3)),
+    ("--ir 10,1e1,10.0", dict(ir=10.0)),
+    ("--method ' at-bsl '", dict(method="at-bsl")),
+    ("--seed 1 --seed 2", dict(seed=2)),
+    ("--eps=-0 --steps 0 --eval-steps 0 --gamma 0 --lr 0", dict(eps=0, steps=0, eval_steps=0, gamma=0, lr=0)),
+    ("--milestones 1", dict(milestones="1")),
+    ("--attacks aa", dict(attacks="aa")),
+    ("--device cpu:0", dict(device="cpu:0")),
+    ("--seed 9223372036854775807", dict(seed=2**63 - 1)),
+]
+
+
+@pytest.mark.parametrize("args,want", RIGHT_ARGUMENTS, ids=[a for a, _ in RIGHT_ARGUMENTS])
+def test_unusual_but_right_arguments(args, want, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ltsd, "run_one", lambda cfg, argv: seen.append(cfg))
+    assert ltsd.main(["--device", "cpu", *shlex.split(args)]) == 0 and len(seen) == 1
+    assert {k: getattr(seen[0], k) for k in want} == want
+
+
+def image(path, size=(32, 32), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(1).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, **options)
+    return path
+
+
+def both(change):
+    """The same change of train/ and test/."""
+    return lambda root: [change(root / part) for part in ("train", "test")]
+
+
+def cut_short(path):
+    path.write_bytes(image(path).read_bytes()[:700])
+
+
+def declared_huge(path):
+    """A PNG whose header says 30000 x 30000."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b""))
+
+
+ODD_FOLDERS = [
+    ("no such folder", shutil.rmtree, "train does not exist: want DIR/train/CLASS/*"),
+    ("a file", lambda r: (shutil.rmtree(r), r.write_text("")), "train does not exist: want DIR/train/CLASS/*"),
+    ("train is a file", lambda r: (shutil.rmtree(r / "train"), (r / "train").write_text("")), "train does not exist"),
+    ("only val", lambda r: (shutil.rmtree(r / "train"), (r / "test").rename(r / "val")), "train does not exist"),
+    ("no test, no val", lambda r: shutil.rmtree(r / "test"), "val does not exist"),
+    ("no classes", both(lambda d: [shutil.rmtree(p) for p in d.iterdir()]), "has 0 class folder(s)"),
+    ("files for folders", both(lambda d: (shutil.rmtree(d), image(d / "1.png"))), "has 0 class folder(s)"),
+    ("class is a file", both(lambda d: (shutil.rmtree(d / "b"), (d / "b").write_text(""))), "has 1 class folder(s)"),
+    ("one class hidden", both(lambda d: (d / "b").rename(d / ".b")), "has 1 class folder(s)"),
+    ("newline in a class", lambda r: (r / "train" / "b").rename(r / "train" / "b\nc"), "differ: b, b c"),
+    ("link to nowhere as class", lambda r: (r / "test" / "c").symlink_to("none"), None),
+    ("class in train only", lambda r: image(r / "train" / "z" / "1.png"), "differ: z"),
+    ("class in test only", lambda r: image(r / "test" / "y" / "1.png"), "differ: y"),
+    ("class of gifs", lambda r: [image(p.with_suffix(".gif")) and p.unlink() for p in (r / "train/b").iterdir()],
+     "b holds no image (.jpg .jpeg .png"),
+    ("class of hidden files", lambda r: [p.rename(p.parent / ("." + p.name)) for p in (r / "test/a").iterdir()],
+     "test/a holds no image"),
+    ("truncated jpeg", lambda r: cut_short(r / "train/a/cut.jpg"), "cut.jpg is not a readable image"),
+    ("empty png", lambda r: (r / "train/a/void.png").write_bytes(b""), "void.png is not a readable image"),
+    ("text", lambda r: (r / "train/a/note.png").write_text("a\nb\n"), "note.png is not a readable image"),
+    ("huge header", lambda r: declared_huge(r / "train/a/bomb.png"), "bomb.png is not a readable image"),
+    ("float pixels", lambda r: Image.new("F", (20, 20), 0.5).save(r / "train/a/f.tif"), "f.tif", "8 or 16 bits"),
+    ("link to nowhere", lambda r: (r / "train/a/gone.png").symlink_to("none.png"), "gone.png: No such file", "check"),
+    ("link to itself", lambda r: (r / "train/a/me.png").symlink_to("me.png"), "me.png: Too many levels of symbolic"),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links, names and messages of POSIX")
+@pytest.mark.parametrize("row", ODD_FOLDERS, ids=[row[0] for row in ODD_FOLDERS])
+def test_odd_folders(row, tmp_path, capsys, monkeypatch):
+    _, change, *said = row
+    root = make_folder(tmp_path / "d", {"a": 2, "b": 2}, size=16)
+    change(root)
+    monkeypatch.setattr(ltsd, "stage_teacher", lambda *a: None)
+    argv = [*FOLDER, "--stage", "teacher", "--data-dir", str(root), "--out", str(tmp_path / "o")]
+    if said == [None]:
+        assert ltsd.main(argv) == 0 and not capsys.readouterr().err
+    else:
+        refused(capsys, argv, *said)
+
+
+def test_folders_that_cannot_be_read(tmp_path, capsys, monkeypatch):
+    root = make_folder(tmp_path / "d", {"a": 2, "b": 2}, size=16)
+    argv = [*FOLDER, "--stage", "teacher", "--data-dir", str(root), "--out", str(tmp_path / "o")]
+    locked, real = root / "train" / "a" / "0.png", Image.open
+
+    def guarded(name, *a, **kw):
+        if str(name) == str(locked):
+            raise PermissionError(13, "Permission denied", str(name))
+        return real(name, *a, **kw)
+
+    with monkeypatch.context() as m:  # rights would not stop root
+        m.setattr(Image, "open", guarded)
+        refused(capsys, argv, "0.png is not a readable image", "Permission denied")
+    with monkeypatch.context() as m:
+        m.setattr(pathlib.Path, "iterdir", lambda self: os.scandir(f"{self}/none"))
+        refused(capsys, argv, "train/none: No such file or directory; check this path")
+    refused(capsys, [*argv, "--ir", "5", "--overwrite"], "--ir 5: imbalance ratio 5 leaves class 1 empty: at most 2")
+
+
+def grey(value):
+    return (value,) * 3
+
+
+def odd_images():
+    """name -> (image, the RGB colour to expect in the middle)."""
+    deep = Image.fromarray(np.full((40, 50), 254 * 256 + 255, np.uint16))
+    clear = Image.new("P", (20, 20), 1)
+    clear.putpalette([0, 0, 0, 10, 200, 30])
+    exif, half = Image.Exif(), Image.new("RGB", (30, 20), (250, 0, 0))
+    exif[0x0112] = 6  # "turn by 90 degrees"
+    half.paste((0, 0, 250), (0, 0, 30, 10))  # blue above red; turned, their border would be upright
+    yield "one.png", Image.new("RGB", (1, 1), (9, 99, 199)), (9, 99, 199)
+    yield "strip.png", Image.new("RGB", (1, 60_000), (9, 99, 199)), (9, 99, 199)
+    yield "lying.png", Image.new("RGB", (300, 2), (9, 99, 199)), (9, 99, 199)
+    yield "deep.png", deep, grey(254)
+    yield "deep.tiff", deep, grey(254)
+    yield "cmyk.jpg", Image.new("CMYK", (20, 20), (0, 0, 0, 255)), grey(0)
+    yield "palette.png", clear, (10, 200, 30)
+    yield "clear.png", Image.new("RGBA", (20, 20), (10, 200, 30, 0)), (10, 200, 30)
+    yield "la.png", Image.new("LA", (20, 20), (70, 0)), grey(70)
+    yield "bits.png", Image.new("1", (20, 20), 1), grey(255)
+    yield "UPPER.PNG", Image.new("L", (20, 20), 70), grey(70)
+    yield "Ü 猫.webp", Image.new("RGB", (20, 20), (0, 0, 0)), grey(0)
+    yield "turned.jpg", half, None, dict(exif=exif)
+
+
+def test_odd_images_are_read_right(tmp_path, monkeypatch):
+    """Transparency and EXIF orientation are ignored; the middle of a strip is what counts."""
+    root, colours = make_folder(tmp_path / "Bilder ü", {"猫 1": 1, "b": 30}, size=16), {}
+    for name, picture, colour, *options in odd_images():
+        options = dict(transparency=1) if name == "palette.png" else options[0] if options else {}
+        picture.save(root / "train" / "猫 1" / name, **options)
+        colours[name] = colour
+    for name in ("notes.txt", ".DS_Store", "._one.png"):
+        (root / "train" / "猫 1" / name).write_bytes(b"\x00\x05\x16\x07")
+    (root / "train" / ".cache").mkdir()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)  # the strip is what PIL warns of as too big
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = ltsd.load_folder(root, 16)
+    assert data.classes == ["b", "猫 1"] and np.bincount(data.train_labels).tolist() == [30, 1 + len(colours)]
+    images = dict(zip(sorted([*colours, "0.png"]), data.train_images[30:], strict=True))
+    for name, colour in colours.items():
+        if colour:
+            assert (images[name].flatten(1).T.int() - torch.tensor(colour)).abs().max() <= 2 * name.endswith("jpg"), (
+                name
+            )
+    top, bottom = images["turned.jpg"][:, :6].float().mean((1, 2)), images["turned.jpg"][:, 10:].float().mean((1, 2))
+    assert top[2] > 200 and top[0] < 50 and bottom[0] > 200 and bottom[2] < 50
+
+
+def test_the_centre_square_is_kept(tmp_path):
+    root = make_folder(tmp_path / "d", {"a": 1, "b": 1}, size=16)
+    pixels = np.zeros((64, 200, 3), np.uint8)
+    pixels[:, 68:132] = np.arange(64, dtype=np.uint8)[:, None, None] * 4  # the square: grey levels by row
+    Image.fromarray(pixels).save(root / "train" / "a" / "0.png")
+    got = ltsd.load_folder(root, 64).train_images[0]
+    assert torch.equal(got, torch.arange(0, 256, 4, dtype=torch.uint8)[None, :, None].expand(3, 64, 64))
+    half = ltsd.load_folder(root, 32).train_images[0].int()  # a triangle filter over 4 rows, symmetric
+    assert (half[0, 1:-1, 2:-2] - (torch.arange(1, 31) * 8 + 2)[:, None]).abs().max() <= 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_links_and_folders_that_cannot_be_written(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "d", {"a": 2, "b": 2}, size=16)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plain = ltsd.load_folder(root, 16)
+    assert not (tmp_path / "cache").exists()
+    (root / "train" / "b").rename(tmp_path / "elsewhere")
+    (root / "train" / "b").symlink_to(tmp_path / "elsewhere")
+    (root / "train" / "a" / "0.png").rename(tmp_path / "0.png")
+    (root / "train" / "a" / "0.png").symlink_to(tmp_path / "0.png")
+    (root / ".ltsd-folder-16.pt").unlink()
+    write, tried = ltsd.write_atomic, []
+
+    def read_only(path, content, **kw):
+        tried.append(path)
+        if path.parent == root:
+            raise PermissionError(13, "Permission denied", str(path))
+        write(path, content, **kw)
+
+    monkeypatch.setattr(ltsd, "write_atomic", read_only)
+    linked = ltsd.load_folder(root, 16)
+    assert torch.equal(linked.train_images, plain.train_images) and linked.classes == plain.classes
+    assert len(tried) == 2 and len(list((tmp_path / "cache" / "ltsd").iterdir())) == 1
+    monkeypatch.setattr(ltsd, "_decode_all", lambda *a: pytest.fail("decoded again"))
+    assert torch.equal(ltsd.load_folder(root, 16).train_images, plain.train_images)
+    monkeypatch.undo()
+    # neither there, nor in a home: without a cache
+    monkeypatch.setattr(ltsd, "write_atomic", read_only)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(pathlib.Path, "home", homeless)
+    assert torch.equal(ltsd.load_folder(root, 16).train_images, plain.train_images) and len(tried) == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "0.png"))  # a file
+    assert torch.equal(ltsd.load_folder(root, 16).train_images, plain.train_images)
+
+
+TINY_ROOT = "tiny-imagenet-200/"
+TINY_TRAIN = {f"{TINY_ROOT}train/n{c}/images/n{c}_{i}.JPEG": c for c in (1, 2) for i in (0, 1)}
+TINY_VAL = {f"{TINY_ROOT}val/images/val_{i}.JPEG": i for i in (1, 2)}
+TINY_ROWS = {f"{TINY_ROOT}val/val_annotations.txt": "val_1.JPEG\tn1\t0\nval_2.JPEG\tn2\t0\n"}
+
+
+def tiny_zip(path, *parts):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in itertools.chain.from_iterable(part.items() for part in parts):
+            grey_image = isinstance(content, int) and png(np.full((64, 64), content, np.uint8))
+            archive.writestr(name, grey_image or content)
+    return path
+
+
+def damaged(path, change):
+    content = bytearray(path.read_bytes())
+    path.write_bytes(change(content) or content)
+
+
+def encrypt(content):
+    for mark, at in ((b"PK\1\2", 8), (b"PK\3\4", 6)):
+        where = content.find(mark)
+        while where >= 0:
+            content[where + at] |= 1
+            where = content.find(mark, where + 1)
+
+
+def flip(content):
+    content[content.find(b"IDAT") + 8] ^= 255
+
+
+GOOD = (TINY_TRAIN, TINY_VAL, TINY_ROWS)
+NOT_TINY = "tiny-imagenet-200.zip is not the Tiny-ImageNet archive"
+ODD_ZIPS = [
+    ("empty file", lambda p: p.write_bytes(b""), NOT_TINY, "fetch it again"),
+    ("empty zip", tiny_zip, NOT_TINY, "val_annotations.txt"),
+    ("no annotations", lambda p: tiny_zip(p, TINY_TRAIN, TINY_VAL), NOT_TINY, "val_annotations.txt"),
+    ("binary annotations", lambda p: tiny_zip(p, *GOOD[:2], dict.fromkeys(TINY_ROWS, b"\xff\t\x80")), NOT_TINY),
+    ("unknown class", lambda p: tiny_zip(p, *GOOD[:2], dict.fromkeys(TINY_ROWS, "val_1.JPEG\tn3")), NOT_TINY, "n3"),
+    ("no training images", lambda p: tiny_zip(p, *GOOD[1:]), NOT_TINY),
+    ("no image", lambda p: tiny_zip(p, *GOOD, {TINY_ROOT + "train/n1/images/x.JPEG": "?"}), "x.JPEG is not a readable"),
+    ("truncated", lambda p: damaged(tiny_zip(p, *GOOD), lambda c: c[:-300]), NOT_TINY),
+    ("flipped bits", lambda p: damaged(tiny_zip(p, *GOOD), flip), NOT_TINY, "CRC-32"),
+    ("encrypted", lambda p: damaged(tiny_zip(p, *GOOD), encrypt), NOT_TINY, "encrypted"),
+    ("a folder", lambda p: p.mkdir(), "could not fetch tiny-imagenet-200.zip", "by hand"),
+    ("missing", lambda p: None, "could not fetch tiny-imagenet-200.zip", "no network here", "--data synthetic"),
+]
+
+
+def no_network(*a, **kw):
+    raise OSError("no network here")
+
+
+@pytest.mark.parametrize("row", ODD_ZIPS, ids=[row[0] for row in ODD_ZIPS])
+def test_odd_tinyimagenet_archives(row, tmp_path, capsys, monkeypatch):
+    _, make, *said = row
+    make(tmp_path / "tiny-imagenet-200.zip")
+    monkeypatch.setattr(ltsd, "TINY_MD5", None)  # these have none
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    argv = ["--data", "tinyimagenet", "--data-dir", tmp_path, "--out", tmp_path / "o", "--device", "cpu"]
+    refused(capsys, argv, *said)
+
+
+def test_names_that_climb_out_of_an_archive_are_not_unpacked(tmp_path):
+    home = tmp_path / "deep" / "data"
+    home.mkdir(parents=True)
+    names = ["../evil.png", "/evil.png", f"{TINY_ROOT}train/../../../evil.JPEG", f"{TINY_ROOT}evil.png"]
+    tiny_zip(home / "tiny-imagenet-200.zip", *GOOD, dict.fromkeys(names[:2] + names[3:], 3))
+    data = ltsd.load_tinyimagenet(home, verify=False)
+    assert data.classes == ["n1", "n2"] and data.train_labels.tolist() == [0, 0, 1, 1]
+    assert data.train_images.flatten(1).max(1).values.tolist() == [1, 1, 2, 2] and data.test_labels.tolist() == [0, 1]
+    assert {p.name for p in home.iterdir()} == {"tiny-imagenet-200.zip", ".ltsd-tiny-imagenet-200.pt"}
+    assert not list(tmp_path.rglob("evil*")) and not pathlib.Path("/evil.png").exists()
+
+
+ODD_CIFAR = [
+    ("truncated", lambda p: p.write_bytes(p.read_bytes()[:-2000]), "does not have the published md5"),
+    ("empty", lambda p: p.write_bytes(b""), "does not have the published md5"),
+    ("a folder", lambda p: (p.unlink(), p.mkdir()), "could not fetch cifar-10-python.tar.gz"),
+    ("missing", lambda p: p.unlink(), "could not fetch cifar-10-python.tar.gz", "no network here", "by hand"),
+    ("data folder is a file", lambda p: (shutil.rmtree(p.parent), p.parent.write_text("")), "could not fetch", "File"),
+]
+
+
+@pytest.mark.parametrize("row", ODD_CIFAR, ids=[row[0] for row in ODD_CIFAR])
+def test_odd_cifar_archives(row, tmp_path, capsys, monkeypatch):
+    _, change, *said = row
+    (tmp_path / "data").mkdir()
+    archive, md5, _ = write_cifar(tmp_path / "data", "cifar10")
+    cls = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cls, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    change(archive)
+    argv = ["--data", "cifar10", "--data-dir", tmp_path / "data", "--out", tmp_path / "o", "--device", "cpu"]
+    refused(capsys, argv, *said)
+
+
+def scaled(factor):
+    return lambda weights: {k: v * factor if v.is_floating_point() else v for k, v in weights.items()}
+
+
+def recast(dtype):
+    return lambda weights: {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+
+
+NO_DICT, NO_FIT = "holds no state_dict: want one", "does not fit the network ("
+ODD_CHECKPOINTS = [  # the public loader's table of damaged files (section 4) by way of the command line, and more
+    ("a folder", None, "is damaged or no checkpoint", "remove it or name another"),
+    ("a tensor", lambda w: torch.zeros(3), NO_DICT),
+    ("None", lambda w: None, NO_DICT),
+    ("numbered tensors", lambda w: dict(enumerate(w.values())), NO_DICT),
+    ("state_dict None", lambda w: dict(state_dict=None, model=3), NO_DICT),
+    ("empty", lambda w: {}, NO_FIT),
+    ("other arch", lambda w: ltsd.build_model("preactresnet18", 2).state_dict(), NO_FIT, "check --arch"),
+    ("other classes", lambda w: ltsd.build_model("resnet8", 3).state_dict(), NO_FIT, "linear.weight", "--data"),
+    ("other head", lambda w: ltsd.build_model("resnet8", 2, "cosine").state_dict(), NO_FIT, "linear.bias", "--method"),
+    ("integers", recast(torch.int8), NO_FIT, "conv1.weight"),
+    ("complex", recast(torch.complex64), NO_FIT, "conv1.weight"),
+    ("NaN", scaled(float("nan")), "holds NaN or infinite weights"),
+    ("infinite", scaled(float("inf")), "holds NaN or infinite weights"),
+]
+
+
+@pytest.mark.parametrize("flag", ["--checkpoint", "--teacher"])
+@pytest.mark.parametrize("row", ODD_CHECKPOINTS, ids=[row[0] for row in ODD_CHECKPOINTS])
+def test_odd_checkpoints(row, flag, tmp_path, capsys):
+    _, make, *said = row
+    root, path = make_folder(tmp_path / "d", {"a": 2, "b": 2}, size=16), tmp_path / "theirs.pt"
+    torch.save(make(ltsd.build_model("resnet8", 2).state_dict()), path) if make else path.mkdir()
+    stage = "eval" if flag == "--checkpoint" else "teacher"
+    argv = [*FOLDER, "--data-dir", root, "--out", tmp_path / "o", "--stage", stage, flag, path]
+    refused(capsys, argv, "theirs.pt", *said)
+    assert not (tmp_path / "o" / "teacher.pt").exists() and not (tmp_path / "o" / "results.json").exists()
+
+
+def test_half_precision_weights_load(tmp_path):
+    model, path = ltsd.build_model("resnet8", 2), tmp_path / "half.pt"
+    torch.save(recast(torch.float16)(model.state_dict()), path)
+    fresh = ltsd.build_model("resnet8", 2)
+    ltsd.load_weights(fresh, path)
+    assert fresh.conv1.weight.dtype == torch.float32 and torch.equal(fresh.conv1.weight, model.conv1.weight.half())
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """A finished run of the smallest kind: its folder, and the command without --out."""
+    base = tmp_path_factory.mktemp("small")
+    root = make_folder(base / "d", {"a": 4, "b": 2}, size=16)
+    argv = [*FOLDER, "--method", "natural", "--data-dir", str(root)]
+    assert ltsd.main([*argv, "--out", str(base / "run")]) == 0
+    return base / "run", argv
+
+
+def rewritten(name, change):
+    def rewrite(folder):
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return rewrite
+
+
+def replaced(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def as_folder(name):
+    return lambda folder: ((folder / name).unlink(), (folder / name).mkdir())
+
+
+CONFIG, RESULTS = ("config.json is damaged", "--overwrite"), ("results.json is damaged", "use --stage eval")
+NO_WRITE = ("cannot write", "Is a directory", "check this path", "try another --out")
+ODD_RUNS = [
+    *((f"config {kind}", replaced("config.json", text), "", CONFIG) for kind, text in (
+        ("empty", b""), ("text", b"hello\nworld"), ("binary", b"\xff\xfe"), ("list", b"[1]"), ("null", b"null"),
+        ("without identity", b"{}"), ("with an odd identity", b'{"identity": [1]}'))),
+    ("config of another version", rewritten("config.json", lambda c: c["identity"].pop("lr")), "",
+     ("another configuration (lr None there, 0.1 here)", "--overwrite")),
+    ("config a folder", as_folder("config.json"), "", ("config.json: Is a directory", "check")),
+    *((f"results {kind}", replaced("results.json", text), "--stage report", RESULTS) for kind, text in (
+        ("empty", b""), ("text", b"hello\nworld"), ("binary", b"\xff\xfe"), ("list", b"[1]"), ("null", b"null"),
+        ("of lists", b'{"checkpoints": [1]}'))),
+    ("results a folder", as_folder("results.json"), "", RESULTS),
+    ("results without data", rewritten("results.json", lambda r: r.pop("data")), "--stage report",
+     ("holds no such evaluation", "--stage eval")),
+    ("results {}", replaced("results.json", b"{}"), "--stage report", ("holds no such evaluation", "--stage eval")),
+    ("results gone", lambda f: (f / "results.json").unlink(), "--stage report", ("holds no such evaluation",)),
+    ("evaluated otherwise", lambda f: None, "--stage report --eval-eps 3", ("holds no such evaluation",)),
+    ("log a folder", as_folder("log.txt"), "", NO_WRITE),
+    ("state a folder", as_folder("state.pt"), "--overwrite", NO_WRITE),
+    ("best gone", lambda f: (f / "best.pt").unlink(), "", ("best.pt does not exist", "--stage all --overwrite")),
+    ("last gone", lambda f: (f / "last.pt").unlink(), "--stage eval", ("last.pt does not", "--stage distill")),
+    ("folder is a file", lambda f: (shutil.rmtree(f), f.write_text("")), "", ("cannot write", "File exists): check")),
+    ("bench into a file", lambda f: (shutil.rmtree(f), f.write_text("")), "--stage bench", ("run: File exists",)),
+    ("under a file", lambda f: (shutil.rmtree(f.parent), f.parent.write_text("")), "", ("Not a directory",)),
+    ("link to nowhere", lambda f: (shutil.rmtree(f), f.symlink_to("none")), "", ("cannot write", "check this path",)),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="messages of POSIX")
+@pytest.mark.parametrize("row", ODD_RUNS, ids=[row[0] for row in ODD_RUNS])
+def test_odd_run_folders(row, small_run, tmp_path, capsys, monkeypatch):
+    _, change, flags, said = row
+    folder = tmp_path / "parent" / "run"
+    shutil.copytree(small_run[0], folder)
+    monkeypatch.setattr(ltsd, "train", lambda *a: pytest.fail("trained"))
+    change(folder)
+    refused(capsys, [*small_run[1], "--out", folder, *flags.split()], *said)
+
+
+def test_unusual_but_right_run_folders(small_run, tmp_path, capsys):
+    finished, argv = small_run
+    rows = json.loads((finished / "results.json").read_text())["checkpoints"]
+    for i, change in enumerate(
+        [
+            lambda f: (f / "config.json").unlink(),
+            rewritten("config.json", lambda c: c["identity"].update(later=1)),
+            replaced("results.json", b"{}"),
+            lambda f: (f / "state.pt").unlink(),
+            lambda f: (f / "last.pt").unlink(),
+        ]
+    ):
+        folder = tmp_path / f"R\u00fcn {i} \u732b\nx"
+        shutil.copytree(finished, folder)
+        change(folder)
+        assert ltsd.main([*argv, "--out", str(folder)]) == 0 and not capsys.readouterr().err
+        assert json.loads((folder / "results.json").read_text())["checkpoints"] == rows
+
+
+def test_out_of_memory_is_said_in_one_line(tmp_path, capsys, monkeypatch):
+    errors = MemoryError("Unable to allocate"), torch.OutOfMemoryError("CUDA out of memory.\nTried 2 GiB")
+    for error in (*errors, RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        monkeypatch.setattr(ltsd, "load_data", lambda cfg, error=error: (_ for _ in ()).throw(error))
+        refused(capsys, [*FOLDER, "--out", tmp_path], "out of memory (", "try smaller batches")
+    monkeypatch.setattr(ltsd, "load_data", lambda cfg: [][0])  # a mistake of ours stays one
+    assert ltsd.main([*FOLDER, "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == (
+        "ltsd: error: IndexError, unexpected; --debug shows where: list index out of range\n"
+    )
+    with pytest.raises(IndexError):
+        ltsd.main([*FOLDER, "--out", str(tmp_path), "--debug"])
+
+
+PLAIN = {
+    "TRITON_INTERPRET": "1",
+    "LC_ALL": "C",
+    "PYTHONCOERCECLOCALE": "0",
+    "PYTHONUTF8": "0",
+    "PYTHONIOENCODING": "ascii",
+}
+QUICKLY = "--data synthetic --ir 1 --train-limit 60 --test-limit 10 --steps 1 --epochs 1 --batch-size 1 --attacks clean"
+QUICKLY += " --device cpu"
+ODD_PLACES = [  # shell, with $L the command up to the method; the environment; exit code, words of stdout
+    ("no UTF-8 anywhere", "$P $L --method pgd-at --out $'L\\xe4ufe/猫 \\xff'", PLAIN, 0, "best (epoch"),
+    ("all closed", "$P $L --method natural --out run >&- 2>&-", {}, 0, ""),
+    ("reader has gone", "set -o pipefail; $P $L --method natural --out run | head -n 1", {}, 141, "run run"),
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bash, and names that are no text")
+@pytest.mark.parametrize("name,line,env,code,said", ODD_PLACES, ids=[row[0] for row in ODD_PLACES])
+def test_odd_places(name, line, env, code, said, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "PYTHONPATH", "PYTHONUNBUFFERED")} | env
+    environment |= {"P": sys.executable, "L": f"{HERE / 'ltsd.py'} {QUICKLY}"}
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == code and done.stderr == b"", done
+    assert said in done.stdout.decode() and (said or not done.stdout)
+    assert code or len(list(tmp_path.rglob("results.json"))) == 1
+
+
+def test_nothing_depends_on_asserts():
+    """So that `python -O` runs the same program."""
+    tree = ast.parse((HERE / "ltsd.py").read_text(encoding="utf-8"))
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert) or vars(node).get("id") == "__debug__"]
+
+
+def sane(folder, classes):
+    """The run's rows, after a check that all their numbers are percentages and all weights finite."""
+    rows = json.loads((folder / "results.json").read_text())["checkpoints"]
+    for name, row in rows.items():
+        assert len(row["class_clean"]) == classes
+        numbers = [v for k, v in row.items() if k not in ("epoch", "crc32")]
+        numbers = np.concatenate([np.atleast_1d(v) for v in numbers]).astype(float)
+        assert np.isfinite(numbers).all() and (numbers >= 0).all() and (numbers <= 100).all()
+        weights = torch.load(folder / f"{name}.pt", weights_only=True)["state_dict"]
+        assert all(v.isfinite().all() for v in weights.values())
+    return rows
+
+
+@pytest.mark.parametrize("method", list(ltsd.METHODS))
+def test_every_method_with_two_classes_one_tail_image_and_a_last_batch_of_one(method, tmp_path, capsys):
+    root = make_folder(tmp_path / "Ü 猫", {"viele": 5, "eins ß": 1}, size=16, per_class=1)
+    flags = ["--method", method, "--batch-size", "5", "--teacher-batch-size", "3", "--reat-tail", "intended"]
+    assert ltsd.main([*FOLDER, *flags, "--data-dir", str(root), "--out", str(tmp_path / "o")]) == 0
+    assert not capsys.readouterr().err
+    rows = sane(tmp_path / "o", 2)
+    assert list(rows) == ["teacher", "best", "last"][not ltsd.METHODS[method].teacher :]
+    about = json.loads((tmp_path / "o" / "results.json").read_text())["data"]
+    assert about["counts"] == [5, 1] and about["tail_classes"] == [1] and about["classes"] == ["viele", "eins ß"]
+
+
+@pytest.mark.parametrize("teacher", ["at-bsl", "robal", "reat"])
+def test_a_thousand_classes(teacher, tmp_path, monkeypatch):
+    labels = torch.arange(1000)
+    images = torch.randint(0, 256, (1000, 3, 16, 16), dtype=torch.uint8)
+    everything = [*labels.tolist(), 0, 0]
+    data = ltsd.Data(images[everything], labels[everything], images[:1], labels[:1], [str(c) for c in labels.tolist()])
+    monkeypatch.setattr(ltsd, "load_folder", lambda *a: data)
+    flags = ["--stage", "teacher", "--teacher-method", teacher, "--teacher-batch-size", "400"]
+    assert ltsd.main([*FOLDER, *flags, "--out", str(tmp_path)]) == 0
+    weights = torch.load(tmp_path / "teacher.pt", weights_only=True)["state_dict"]
+    assert weights["linear.weight"].shape == (1000, 64) and all(v.isfinite().all() for v in weights.values())
+    assert "teacher: " + teacher + " on 1000 images, 1 to 1 a class" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_batch_larger_than_the_set_is_the_whole_set(small_run, tmp_path):
+    rows = json.loads((small_run[0] / "results.json").read_text())["checkpoints"]  # batch 128, 6 images
+    for size in ("6", str(2**63 - 1)):
+        assert ltsd.main([*small_run[1], "--batch-size", size, "--out", str(tmp_path / size)]) == 0
+        assert sane(tmp_path / size, 2) == rows
+
+
+def test_equal_counts_limits_of_one_and_a_radius_of_zero(tmp_path, capsys):
+    root = make_folder(tmp_path / "d", {"b": 3, "a": 3, "c": 3}, size=16)
+    argv = [*FOLDER, "--method", "at-bsl", "--data-dir", str(root)]
+    one = ["--ir", "3", "--train-limit", "9", "--test-limit", "1", "--out", str(tmp_path / "o")]
+    assert ltsd.main([*argv, *one, "--eps", "0"]) == 0 and not capsys.readouterr().err
+    rows = sane(tmp_path / "o", 3)
+    about = json.loads((tmp_path / "o" / "results.json").read_text())["data"]
+    assert about["counts"] == [3, 1, 1] and about["classes"] == ["a", "b", "c"] and about["test"] == 3
+    assert all(row["clean"] == row["pgd"] for row in rows.values())
+    refused(capsys, [*argv, "--ir", "3", "--train-limit", "1", "--out", tmp_path / "p"], "--ir 3", "at most 1")
+
+
+def test_autoattack_on_two_classes_from_the_command_line(small_run, tmp_path, capsys):
+    shutil.copytree(small_run[0], tmp_path / "run")
+    flags = ["--stage", "eval", "--eval-eps", "255", "--attacks", "aa", "--out", str(tmp_path / "run")]
+    assert ltsd.main([*small_run[1], *flags]) == 0 and not capsys.readouterr().err
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["evaluations"]["eps 255 step 2 steps 20"]
+    assert list(rows) == ["best", "last"] and all(
+        row["aa"] <= 50 and len(row["class_aa"]) == 2 for row in rows.values()
+    )
+
+
+def test_a_class_without_test_images():
+    model = ltsd.build_model("resnet8", 4)
+    with torch.no_grad():
+        model.linear.bias[2] = 1e4  # it always says 2
+    images, labels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8), torch.tensor([0, 0, 2, 2, 2])
+    row = ltsd.evaluate(model, images, labels, tail=[1, 3], attacks=("clean",))
+    assert row == dict(clean=60.0, class_clean=[0.0, 0.0, 100.0], tail_clean=None, balanced_clean=50.0)
+
+
+# Faults ----------------------------------------------------------------------------------
+
+KILLS = int(os.environ.get("LTSD_KILLS", "5"))  # of every method; more by hand
+posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and POSIX signals")
+
+# A process that has imported ltsd once and forks a run for every line [argv, seconds an fsync takes, file size limit].
+NURSERY = """
+import json, os, resource, signal, sys, time
+import ltsd
+real, data = os.fsync, ltsd.make_synthetic()
+ltsd.make_synthetic = lambda: data
+for line in sys.stdin:
+    argv, slow, limit, output = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.fsync = lambda fd: (time.sleep(slow), real(fd))
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        os._exit(ltsd.main(argv))
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Nursery:
+    def __init__(self, folder):
+        self.errors = folder / "stderr"
+        command = [sys.executable, "-c", NURSERY]
+        self.process = subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def start(self, argv, slow=0.0, limit=0):
+        """Start a run in a process of its own; returns its pid."""
+        print(json.dumps([argv, slow, limit, str(self.errors)]), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+    def end(self):
+        """(exit code, negative for a signal; stderr) of the run that was started."""
+        return int(self.process.stdout.readline()), self.errors.read_text()
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory):
+    made = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield made
+    made.process.kill()
+    made.process.wait()
+
+
+def until(condition, pid=None):
+    """Poll until the condition holds; False if it did not within two minutes or the process has ended before."""
+    for _ in range(240_000):
+        if condition():
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+def log_of(out):
+    return (out / "log.txt").read_text() if (out / "log.txt").exists() else ""
+
+
+def rows_of(out):
+    return re.findall(r"^(?:teacher|student) +\d+/\d+", log_of(out), re.M)
+
+
+# Kills -----------------------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize("method", ["ltsd", "reat", "awp"])
+def test_killed_again_and_again_a_run_ends_bit_identical(method, nursery, tmp_path):
+    """SIGKILL within an epoch, while a checkpoint is being written and right after an epoch's row, in turn."""
+    length = ["--teacher-epochs", "2", "--epochs", str(max(3, KILLS - 1)), "--aug", "ra"]
+    args, dice = [*TINY, "--method", method, *length], random.Random(method)
+    assert ltsd.main([*args, "--out", str(tmp_path / "a")]) == 0
+    out, kinds, left_behind = tmp_path / "b", [], 0
+    for number in range(KILLS):
+        kind, seen = ("epoch", "write", "row")[number % 3], len(rows_of(out))
+        last = len(rows_of(tmp_path / "a")) <= seen + 1
+        begun = len(re.findall(" images, ", log_of(out)))
+        pid = nursery.start([*args, "--out", str(out)], slow=0.2 if kind == "write" else 0.0)
+        if kind == "row" and not last:
+            assert until(lambda seen=seen: len(rows_of(out)) > seen)
+        elif kind == "write":
+            assert until(lambda: [p for p in out.glob("*.pt.tmp*") if p.stat().st_size])
+        else:
+            assert until(lambda begun=begun: len(re.findall(" images, ", log_of(out))) > begun)
+            time.sleep(dice.uniform(0, 0.2))
+        os.kill(pid, signal.SIGKILL)
+        assert nursery.end()[0] in ([-signal.SIGKILL, 0] if last else [-signal.SIGKILL])
+        kinds.append(kind)
+        left_behind += len(list(out.glob("*.tmp*")))
+        assert len(list(out.glob("*.tmp*"))) <= 1
+    assert left_behind and len(kinds) == KILLS
+    assert ltsd.main([*args, "--out", str(out)]) == 0
+    same_run(tmp_path / "a", out, *(["teacher"] if method == "ltsd" else []), "best", "last")
+    assert not list(out.glob("*.tmp*")) and len(rows_of(out)) == len(set(rows_of(out)))
+
+
+def test_a_row_that_a_kill_has_lost_or_torn_is_written_again(finished, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def dying(self, line, quiet=False, real=ltsd.Run.log):
+        if line.startswith("student    2"):
+            os.write(self.file.fileno(), line[:20].encode())
+            raise Killed
+        real(self, line, quiet)
+
+    with monkeypatch.context() as m:
+        m.setattr(ltsd.Run, "log", dying)
+        with pytest.raises(Killed):
+            ltsd.main([*TINY, "--out", str(tmp_path / "b")])
+    assert ltsd.main([*TINY, "--out", str(tmp_path / "b")]) == 0
+    same_run(finished, tmp_path / "b")
+
+
+# Signals ---------------------------------------------------------------------------------
+
+
+def signalling(monkeypatch, owner, name, calls, *numbers):
+    """Let this process get the signals in the given calls of owner.name (counted from 1), after the call itself."""
+    real, count = getattr(owner, name), [0]
+
+    def noisy(*args, **kw):
+        result = real(*args, **kw)
+        count[0] += 1
+        if count[0] in calls:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return result
+
+    monkeypatch.setattr(owner, name, noisy)
+
+
+@posix
+@pytest.mark.parametrize("method,aug", [("ltsd", "none"), ("awp", "ra")])
+def test_stopped_after_every_single_step_a_run_ends_bit_identical(method, aug, finished, tmp_path, capsys, monkeypatch):
+    args, out, codes = [*TINY, "--method", method, "--aug", aug], tmp_path / "b", []
+    one = finished if (method, aug) == ("ltsd", "none") else tmp_path / "a"
+    assert ltsd.main([*args, "--out", str(one)]) == 0
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    capsys.readouterr()
+    while not codes or codes[-1]:
+        number = (signal.SIGTERM, signal.SIGINT)[len(codes) % 2]
+        with monkeypatch.context() as m:
+            signalling(m, ltsd.Watch, "add", [1], number)
+            codes.append(ltsd.main([*args, "--out", str(out)]))
+        err = capsys.readouterr().err
+        if codes[-1]:
+            assert codes[-1] == 128 + number and err.count("\n") == 1 and len(codes) < 30
+            assert re.fullmatch(
+                rf"ltsd: stopped by {number.name} after \w+, epoch \d, step \d; the same .* goes on\n", err
+            )
+    # a step a call: 2 teacher epochs of 1 step, 3 student epochs of 3 steps
+    assert len(codes) == (12 if method == "ltsd" else 10) and not list(out.glob("*.tmp*"))
+    same_run(one, out, *(["teacher"] if method == "ltsd" else []), "best", "last")
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+OUTSIDE = [
+    ("load_teacher", 1, "TERM"),
+    ("evaluate", 1, "TERM"),  # of the epoch that may become the best
+    ("evaluate", 3, "INT"),  # of the finished run
+]
+
+
+@posix
+@pytest.mark.parametrize("name,call,which", OUTSIDE)
+def test_outside_a_training_step_a_signal_ends_the_run_at_once(
+    name, call, which, finished, tmp_path, capsys, monkeypatch
+):
+    number, out = getattr(signal, f"SIG{which}"), tmp_path / "b"
+    with monkeypatch.context() as m:
+        signalling(m, ltsd, name, [call], number)
+        assert ltsd.main([*TINY, "--out", str(out)]) == 128 + number
+    said = capsys.readouterr()
+    assert said.err == f"ltsd: stopped by SIG{which}; the same command goes on\n"
+    before = rows_of(out)
+    if name == "evaluate":  # no trained step is lost, though the epoch was not finished
+        state = torch.load(out / "state.pt", weights_only=True)
+        assert (state["epoch"], state["middle"].get("step", 0)) == ((2, 3) if call == 1 else (3, 0))
+    with monkeypatch.context() as m:
+        signalling(m, ltsd.Watch, "add", range(1, 100), signal.SIGCONT)  # counts nothing, disturbs nothing
+        assert ltsd.main([*TINY, "--out", str(out)]) == 0
+    assert rows_of(out)[: len(before)] == before
+    same_run(finished, out)
+
+
+@posix
+def test_a_second_signal_ends_the_run_within_the_step(finished, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as m:
+        signalling(m, ltsd.Watch, "add", [4], signal.SIGINT, signal.SIGINT)
+        assert ltsd.main([*TINY, "--out", str(tmp_path / "b")]) == 130
+    assert capsys.readouterr().err == "ltsd: stopped by SIGINT; the same command goes on\n"
+    state = torch.load(tmp_path / "b" / "state.pt", weights_only=True)
+    assert state["phase"] == "teacher" and not state["middle"]  # nothing of the epoch that was under way
+    assert ltsd.main([*TINY, "--out", str(tmp_path / "b")]) == 0
+    same_run(finished, tmp_path / "b")
+
+
+@posix
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
+def test_a_process_that_is_asked_to_end(number, finished, nursery, tmp_path):
+    out, number = tmp_path / "b", getattr(signal, number)
+    pid = nursery.start([*TINY, "--out", str(out)], slow=0.2)
+    assert until(lambda: "student    1/3" in rows_of(out))
+    os.kill(pid, number)
+    code, err = nursery.end()
+    assert code == 128 + number and re.fullmatch(rf"ltsd: stopped by {number.name}.*; the same command goes on\n", err)
+    assert ltsd.main([*TINY, "--out", str(out)]) == 0
+    same_run(finished, out)
+
+
+@posix
+def test_a_signal_stops_the_whole_list(tmp_path, monkeypatch):
+    signalling(monkeypatch, ltsd.Watch, "add", [1], signal.SIGTERM)
+    assert ltsd.main([*TINY, "--method", "at-bsl", "--seed", "0,1", "--out", str(tmp_path)]) == 143
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@posix
+def test_ignored_signals_stay_ignored_and_other_threads_have_none(tmp_path, monkeypatch):
+    args = [*TINY, "--method", "at-bsl", "--stage", "distill", "--epochs", "1"]
+    signalling(monkeypatch, ltsd.Watch, "add", [1], signal.SIGHUP)
+    kept = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        assert ltsd.main([*args, "--out", str(tmp_path / "a")]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, kept)
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(ltsd.main([*args, "--out", str(tmp_path / "b")])))
+    monkeypatch.undo()
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+# Full disks ------------------------------------------------------------------------------
+
+FULL = [("state.pt", 4), ("best.pt", 1), ("results.json", 1), ("config.json", 1), ("log.txt", "student    2")]
+
+
+@pytest.mark.parametrize("name,time_", FULL)
+def test_a_full_disk_is_named_and_costs_no_epoch(name, time_, finished, tmp_path, capsys, monkeypatch):
+    out, args, count = tmp_path / "b", [*TINY, "--out", str(tmp_path / "b")], [0]
+    no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    fsync, write = os.fsync, os.write
+
+    def full_fsync(fd):
+        count[0] += [p.name.startswith(name) for p in out.glob("*.tmp*")] == [True]
+        if count[0] == time_:
+            raise no_space
+        fsync(fd)
+
+    def full_write(fd, data):
+        if data.startswith(str(time_).encode()):
+            write(fd, data[:10])  # a part still fits
+            raise no_space
+        return write(fd, data)
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "write", full_write) if name == "log.txt" else m.setattr(os, "fsync", full_fsync)
+        assert ltsd.main(args) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(
+        f"ltsd: error: cannot write {out / name} (No space left on device): free some space and repeat"
+    )
+    assert err.count("\n") == 1 and not list(out.glob("*.tmp*"))
+    before = rows_of(out)
+    assert ltsd.main(args) == 0 and rows_of(out)[: len(before)] == before
+    same_run(finished, out)
+
+
+@posix
+def test_a_write_that_the_system_cuts_short_is_named(finished, nursery, tmp_path):
+    """No mock: the kernel refuses what goes beyond a file size between those of a log and of a checkpoint."""
+    out, args = tmp_path / "b", [*TINY, "--out", str(tmp_path / "b")]
+    assert ltsd.main([*args, "--stage", "teacher"]) == 0
+    shutil.copy(out / "state.pt", tmp_path / "state.pt")
+    nursery.start(args, limit=100_000)
+    code, err = nursery.end()
+    assert code == 2 and err.count("\n") == 1 and f"cannot write {out / 'state.pt'} (File too large)" in err
+    assert (out / "state.pt").read_bytes() == (tmp_path / "state.pt").read_bytes()
+    assert ltsd.main(args) == 0
+    same_run(finished, out)
+
+
+# One process a folder --------------------------------------------------------------------
+
+
+@posix
+def test_a_second_process_in_the_same_folder_is_refused(finished, nursery, tmp_path, capsys):
+    out, args = tmp_path / "b", [*TINY, "--out", str(tmp_path / "b")]
+    pid = nursery.start(args, slow=0.3)
+    assert until(lambda: rows_of(out))
+    for more in ([], ["--overwrite"], ["--stage", "eval"]):
+        assert ltsd.main([*args, *more]) == 2
+        err = capsys.readouterr().err
+        assert err == f"ltsd: error: {out} is in use by process {pid}: wait for it, or choose another --out\n"
+    assert nursery.end() == (0, "")
+    assert ltsd.main(args) == 0
+    same_run(finished, out)
+
+
+def test_a_folder_is_free_again_when_its_run_has_ended(finished, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "b"
+    shutil.copytree(finished, out)
+    args = [*TINY, "--out", str(out)]
+    cfg = ltsd.resolve(ltsd.parse_args(args))
+    holder = ltsd.Run(cfg)
+    holder.begin([])
+    assert ltsd.main(args) == 2 and f"in use by process {os.getpid()}" in capsys.readouterr().err
+    assert ltsd.main([*args, "--stage", "report"]) == 0  # reads only
+    assert ltsd.main([*args, "--stage", "report", "--overwrite"]) == 0 and (out / "best.pt").exists()
+    assert f"in use by process {os.getpid()}" not in capsys.readouterr().err
+    assert ltsd.main(args) == 2 and f"in use by process {os.getpid()}:" in capsys.readouterr().err
+    holder.file.close()
+    assert ltsd.main(args) == ltsd.main(args) == 0
+    monkeypatch.setattr(ltsd, "carry_out", lambda *a: 1 / 0)
+    assert ltsd.main(args) == ltsd.main(args) == 1  # not 2, though the first has failed
+    with pytest.raises(ZeroDivisionError) as caught:  # whose traceback keeps its frames alive
+        ltsd.main([*args, "--debug"])
+    monkeypatch.undo()
+    assert caught and ltsd.main(args) == 0
+    assert ltsd.main([*args, "--lr", "0.3"]) == 2 and ltsd.main(args) == 0
+
+
+@posix
+def test_drives_without_locks_and_windows(tmp_path, monkeypatch):
+    import fcntl
+
+    cfg, taken = ltsd.resolve(ltsd.parse_args([*TINY, "--out", str(tmp_path)])), []
+
+    def refuse(*a):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with monkeypatch.context() as m:
+        m.setattr(fcntl, "flock", refuse)
+        ltsd.Run(cfg).file.close()
+
+    def locking(fd, mode, size):
+        if taken:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        taken.append((os.lseek(fd, 0, os.SEEK_CUR), mode, size))
+
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
+        m.setattr(sys, "platform", "win32")
+        first = ltsd.Run(cfg)
+        first.begin([])
+        with pytest.raises(ltsd.UserError, match=f"in use by process {os.getpid()}:"):
+            ltsd.Run(cfg)
+    first.file.close()
+    assert taken == [(1 << 30, 2, 1)] and log_of(tmp_path).count("\nargv") == 1
+
+
+# Damaged files ---------------------------------------------------------------------------
+
+EVAL = ["--stage", "eval"]
+FILES = {  # name -> (files to remove before, further arguments)
+    "state.pt": (["last.pt"], []),
+    "teacher.pt": (["last.pt", "state.pt"], []),
+    "best.pt": (["results.json"], EVAL),
+    "last.pt": (["results.json"], EVAL),
+    "aa.pt": (["results.json"], [*EVAL, "--attacks", "aa"]),
+    "theirs.pt": (["results.json"], [*EVAL, "--checkpoint"]),
+    "given.pt": (["teacher.pt", "last.pt"], ["--teacher"]),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_no_checkpoint_is_refused_by_name(name, finished, tmp_path, capsys, recwarn):
+    class Evil:
+        def __reduce__(self):
+            return pathlib.Path.touch, (tmp_path / "executed",)
+
+    removed, more = FILES[name]
+    more = [*more, str(tmp_path / "b" / name)] if more and more[-1].startswith("--") else more
+    whole = (finished / "last.pt").read_bytes()
+    torch.save({**torch.load(finished / "state.pt", weights_only=True), "x": Evil()}, tmp_path / "evil.pt")
+    evil = (tmp_path / "evil.pt").read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"hello", evil, pickle.dumps({"state_dict": Evil()})):
+        shutil.copytree(finished, tmp_path / "b")
+        for other in removed:
+            (tmp_path / "b" / other).unlink()
+        (tmp_path / "b" / name).write_bytes(content)
+        assert ltsd.main([*TINY, *more, "--out", str(tmp_path / "b")]) == 2
+        err = capsys.readouterr().err
+        assert (
+            err.count("\n") == 1 and not recwarn.list and f"{tmp_path / 'b' / name} is damaged or no checkpoint" in err
+        )
+        assert not (tmp_path / "executed").exists()
+        assert (tmp_path / "b" / name).read_bytes() == content
+        shutil.rmtree(tmp_path / "b")
+
+
+def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch):
+    class Evil:
+        def __reduce__(self):
+            return pathlib.Path.touch, (tmp_path / "executed",)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = make_folder(tmp_path / "d", {"a": 3, "b": 2})
+    images = ltsd.load_folder(root, 32).train_images
+    (cache,) = root.glob(".ltsd-*.pt")
+    whole = cache.read_bytes()
+    torch.save({**torch.load(cache, weights_only=True), "x": Evil()}, tmp_path / "evil.pt")
+    for content in (whole[:500], b"", b"hello", (tmp_path / "evil.pt").read_bytes(), pickle.dumps(Evil())):
+        cache.write_bytes(content)
+        assert torch.equal(ltsd.load_folder(root, 32).train_images, images)
+        assert len(torch.load(cache, weights_only=True)) > 5 and not (tmp_path / "executed").exists()
+
+    def full(*a):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cache.unlink()
+    monkeypatch.setattr(os, "fsync", full)  # no room for a cache is no reason to stop
+    assert torch.equal(ltsd.load_folder(root, 32).train_images, images) and not cache.exists()
+
+
+def without(key):
+    return lambda state: state.pop(key)
+
+
+def other_momentum(state):
+    state["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(2, 2)
+
+
+STATES = {
+    **{f"no {k}": without(k) for k in ("fingerprint", "phase", "epoch", "model", "optimizer", "scaler", "generators")},
+    **{f"no {k}": without(k) for k in ("indices", "best", "seconds", "predicted", "dull", "row", "middle")},
+    "other arch": lambda s: s.update(model=ltsd.build_model("preactresnet18", 10).state_dict()),
+    "other classes": lambda s: s.update(model=ltsd.build_model("resnet8", 11).state_dict()),
+    "other momentum": other_momentum,
+    "other optimiser": lambda s: s["optimizer"]["param_groups"].append({"params": []}),
+    "other counts": lambda s: s.update(predicted=torch.zeros(3)),
+    "other indices": lambda s: s.update(indices=torch.zeros(3, dtype=torch.int64)),
+    "other generator": lambda s: s["generators"].update(noise=torch.zeros(16, dtype=torch.uint8)),
+}
+
+
+def test_a_state_that_lacks_or_misfits_something_is_refused(finished, tmp_path, capsys):
+    out = tmp_path / "b"
+    shutil.copytree(finished, out)
+    (out / "last.pt").unlink()
+    for name, spoil in STATES.items():
+        state = torch.load(finished / "state.pt", weights_only=True)
+        spoil(state)
+        torch.save(state, out / "state.pt")
+        assert ltsd.main([*TINY, "--out", str(out)]) == 2, name
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and re.search(rf"{out / 'state.pt'} (is no training state|does not fit)", err), name
+    shutil.copy(finished / "state.pt", out / "state.pt")
+    assert ltsd.main([*TINY, "--out", str(out)]) == 0
+    same_run(finished, out)
+
+
+# Numbers ---------------------------------------------------------------------------------
+
+
+def with_objective(monkeypatch, spoiled):
+    """at-bsl whose attack's objective has no gradient in the training steps for which spoiled(step number) holds."""
+    row, count = ltsd.METHODS["at-bsl"], [0]
+    real_attack = ltsd.pgd_attack
+
+    def attack(*a, objective=None, **kw):
+        count[0] += objective is not None
+        return real_attack(*a, objective=objective, **kw)
+
+    def objective(logits, y, aux):
+        return row.objective(logits, y, aux) * (0 if spoiled(count[0]) else 1)
+
+    monkeypatch.setattr(ltsd, "pgd_attack", attack)
+    monkeypatch.setitem(ltsd.METHODS, "at-bsl", ltsd.replace(row, objective=objective))
+
+
+def test_an_attack_without_any_gradient_stops_the_run(tmp_path, capsys, monkeypatch):
+    args = [*TINY, "--method", "at-bsl", "--stage", "distill"]
+    with monkeypatch.context() as m:
+        with_objective(m, lambda step: step > 3)
+        assert ltsd.main([*args, "--out", str(tmp_path / "a")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "gradient was zero for every image (student, epoch 2, step 3)" in err
+    assert torch.load(tmp_path / "a" / "state.pt", weights_only=True)["epoch"] == 1
+    with monkeypatch.context() as m:  # after 50 steps it is noticed within an epoch
+        with_objective(m, lambda step: True)
+        assert ltsd.main([*args, "--ir", "1", "--batch-size", "1", "--out", str(tmp_path / "b")]) == 2
+        assert "(student, epoch 1, step 50)" in capsys.readouterr().err
+    with_objective(monkeypatch, lambda step: step % 3 == 1)  # single batches of very sure images are no fault
+    assert ltsd.main([*args, "--out", str(tmp_path / "c")]) == 0
+
+
+@pytest.mark.parametrize("harmless", ["--eps", "--steps", "--step-size"])
+def test_an_attack_that_is_not_meant_to_move_is_no_fault(harmless, tmp_path):
+    args = [*TINY, "--method", "at-bsl", "--epochs", "1", harmless, "0"]
+    assert ltsd.main([*args, "--out", str(tmp_path / "a")]) == 0
+
+
+def watch_of(correct, predicted, counts):
+    phase = ltsd.Phase("student", "at-bsl", 4, 8, torch.arange(sum(counts)), counts, True)
+    watch = ltsd.Watch("cpu", phase, 1, 1, {})
+    watch.total += torch.tensor([0.0, correct, sum(predicted), 0, 0])
+    watch.predicted += torch.tensor(predicted)
+    watch.step = 1
+    return watch
+
+
+def test_chance_is_what_guesses_of_these_frequencies_would_hit():
+    tail = [900, 80, 20]
+    assert watch_of(900, [1000, 0, 0], tail).at_chance()  # always the head: 90 % right, and nothing learnt
+    assert not watch_of(960, [920, 60, 20], tail).at_chance()
+    even = [100, 100, 100]
+    assert not watch_of(1, [2, 2, 2], [2, 2, 2]).at_chance()  # 6 images tell nothing
+    assert watch_of(105, [100, 100, 100], even).at_chance() and watch_of(20, [100, 100, 100], even).at_chance()
+    assert not watch_of(150, [100, 100, 100], even).at_chance()
+    deviation = math.sqrt(300 * 1 / 3 * 2 / 3)
+    for sigmas, verdict in ((1.9, True), (2.1, False)):
+        assert watch_of(100 + sigmas * deviation, [100, 100, 100], even).at_chance() == verdict
+
+
+def test_a_run_that_only_guesses_is_warned_once(tmp_path, capsys):
+    args = [*TINY, "--method", "at-bsl", "--stage", "distill", "--epochs", "5", "--lr", "0"]
+    args[args.index("--train-limit") + 1] = "400"
+    assert ltsd.main([*args, "--out", str(tmp_path / "a")]) == 0
+    (warned,) = (line for line in capsys.readouterr().out.split("\n") if "warning" in line)
+    assert warned == "warning: student has only guessed up to epoch 2, its first quarter: try a lower --lr"
+    assert re.search(r"^student +2/5 .*\nwarning: .*\nstudent +3/5", log_of(tmp_path / "a"), re.M)
+
+
+def test_a_run_that_learns_is_not_warned(tmp_path, capsys):
+    args = "--data synthetic --method at-bsl --epochs 2 --steps 2 --test-limit 20 --device cpu --stage distill".split()
+    assert ltsd.main([*args, "--out", str(tmp_path / "a")]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_deterministic_gives_the_same_weights_twice(tmp_path):
+    args = [*TINY, "--method", "reat", "--stage", "distill", "--epochs", "2", "--deterministic"]
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        for name in ("a", "b"):
+            assert ltsd.main([*args, "--out", str(tmp_path / name)]) == 0
+            assert torch.are_deterministic_algorithms_enabled()
+            torch.manual_seed(1)  # the weights hang on no global generator
+            torch.rand(10)
+        assert ltsd.main([*args, "--seed", "1", "--out", str(tmp_path / "c")]) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        with contextlib.suppress(TypeError):
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
+    a, b, c = (torch.load(tmp_path / d / "last.pt", weights_only=True)["state_dict"] for d in "abc")
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+    assert not torch.equal(a["conv1.weight"], c["conv1.weight"])
+
+
+# Several processes -----------------------------------------------------------------------
+
+
+# Runs `main`, with small evaluations that both ranks have a part in; leaves its process id beside itself; checks that
+# the ranks end a training with the same network, that no forward copies rank 0's statistics, and that rank 1 leaves
+# no file but AutoAttack's state. MODE fixed: no batch statistics; lame: rank 1 has no data.
+DRIVER = """
+import os, pathlib, sys
+import torch
+import ltsd
+
+rank, mode, train = int(os.environ["RANK"]), os.environ["MODE"], ltsd.train
+pathlib.Path(__file__).with_name(f"pid{rank}").write_text(str(os.getpid()))
+
+def checked(*args):
+    model = train(*args)
+    first, *others = ltsd.gather(dict(model.state_dict()))
+    assert len(others) == 1
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)
+    return model
+
+class DDP(torch.nn.parallel.DistributedDataParallel):
+    def forward(self, *args, **kwargs):
+        assert not self.will_sync_module_buffers()
+        return super().forward(*args, **kwargs)
+
+def lame(cfg):
+    raise ltsd.UserError("nothing to load")
+
+def replace(source, target, real=os.replace):
+    assert rank == 0 or pathlib.Path(target).name == "aa1.pt"
+    real(source, target)
+
+os.replace, ltsd.train, torch.nn.parallel.DistributedDataParallel = replace, checked, DDP
+ltsd.evaluate.__kwdefaults__["batch_size"] = 6
+ltsd.autoattack.__kwdefaults__ |= dict(iterations=4, queries=20, targets=2)
+if mode == "fixed":
+    ltsd.Net.train = lambda self, mode=True: torch.nn.Module.train(self, False)
+    ltsd.reat_tail_loss = lambda features, *rest: 0 * features.sum()
+if mode == "lame" and rank == 1:
+    ltsd.load_data = lame
+sys.exit(ltsd.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def driver(tmp_path):
+    path = tmp_path / "driver.py"
+    path.write_text(DRIVER)
+    return path
+
+
+def torchrun(script, args, mode=""):
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "MODE": mode}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*command, *map(str, args)], cwd=HERE, env=environment, **pipes)
+
+
+def gone(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+
+
+def test_two_ranks_take_the_steps_of_one_process(driver, tmp_path, monkeypatch):
+    """One epoch in student batches of 5, shared 3 to 2, and teacher batches of 29 and 1: one rank has none. With batch
+    norm in eval mode, and without REAT's tail term, only the order of float32 sums differs. The weights then agree
+    to 1e-7; but where rounding decides the sign of a gradient a pixel moves otherwise, and weights by up to 1e-5 (seen
+    over six seeds). Start noise of another row makes 1e-4 or more, a wrong gradient weight or AWP step 2e-3 or more.
+    """
+    args = "--data synthetic --ir 3 --train-limit 60 --test-limit 20 --epochs 1 --teacher-epochs 1 --milestones 1"
+    args += " --batch-size 5 --teacher-batch-size 29 --lr 0.02 --steps 2 --step-size 0.5 --amp off --device cpu"
+    args = f"{args} --method ltsd,awp,reat --attacks clean".split()
+    process = torchrun(driver, [*args, "--out", tmp_path / "two"], "fixed")
+    monkeypatch.setattr(ltsd.Net, "train", lambda self, mode=True: nn.Module.train(self, False))
+    monkeypatch.setattr(ltsd, "reat_tail_loss", lambda features, *rest: 0 * features.sum())
+    assert ltsd.main([*args, "--out", str(tmp_path / "one")]) == 0
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    folders = sorted(p.name for p in (tmp_path / "one").iterdir() if p.is_dir())
+    assert len(folders) == 3 and folders == sorted(p.name for p in (tmp_path / "two").iterdir() if p.is_dir())
+    for folder in folders:
+        pair = [tmp_path / n / folder for n in ("one", "two")]
+        for name in ("teacher", "best", "last") if "-ltsd-" in folder else ("best", "last"):
+            a, b = (torch.load(p / f"{name}.pt", weights_only=True)["state_dict"] for p in pair)
+            assert list(a) == list(b)
+            apart = {key: float((a[key] - b[key]).abs().max()) for key in a}
+            assert max(apart.values()) < 5e-5, (folder, name, apart)
+        a, b = (torch.load(p / "state.pt", weights_only=True) for p in pair)
+        assert all(torch.equal(a["generators"][key], b["generators"][key]) for key in a["generators"])
+        assert b["predicted"].sum() == 33 and (a["predicted"] - b["predicted"]).abs().sum() <= 2
+        a, b = ([line.split() for line in (p / "log.txt").read_text().split("\n") if " lr " in line] for p in pair)
+        assert len(a) == len(b) == (2 if "-ltsd-" in folder else 1)
+        for mine, theirs in zip(a, b, strict=True):  # loss, accuracy: one image of 33 may tip over
+            assert abs(float(mine[5]) - float(theirs[5])) < 2e-4 and abs(float(mine[7]) - float(theirs[7])) < 3.1
+
+
+def test_a_killed_rank_ends_all_and_the_run_goes_on(driver, tmp_path, monkeypatch):
+    """Only rank 0 writes and prints; what two ranks evaluate, AutoAttack included, one process finds too."""
+    out, args = (
+        tmp_path / "run",
+        [*TINY, "--train-limit", "300", "--epochs", "4", "--eps", "3", "--attacks", "clean,pgd,aa"],
+    )
+    process, deadline = torchrun(driver, [*args, "--out", out]), time.monotonic() + 120
+    while "student    1/4" not in (out / "log.txt").read_text() if (out / "log.txt").exists() else True:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in (0, 1)]
+    os.kill(pids[1], signal.SIGKILL)
+    assert process.wait(60) != 0 and all(map(gone, pids))
+
+    process = torchrun(driver, [*args, "--out", out])
+    printed, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "RANK" not in err and "Warning" not in err
+    log = (out / "log.txt").read_text()
+    assert log.count("student: going on after epoch") == 1 and log.count("device 2 x cpu") == 2
+    rows = [line.split()[1] for line in log.split("\n") if " lr " in line]
+    assert rows == ["1/2", "2/2", *(f"{epoch}/4" for epoch in range(1, 5))]
+    assert printed.count("student    4/4") == printed.count("audit") / 3 == 1
+    names = {p.name for p in out.iterdir() if ".tmp" not in p.name}  # a killed process leaves its temporary file
+    assert names == {*ltsd.Run.FILES, "log.txt", "report.md"}
+
+    (out / "results.json").rename(tmp_path / "two.json")
+    monkeypatch.setitem(ltsd.evaluate.__kwdefaults__, "batch_size", 6)
+    for name, value in dict(iterations=4, queries=20, targets=2).items():
+        monkeypatch.setitem(ltsd.autoattack.__kwdefaults__, name, value)
+    assert ltsd.main([*args, "--out", str(out), "--stage", "eval"]) == 0
+    one, two = (json.loads(p.read_text())["checkpoints"] for p in (out / "results.json", tmp_path / "two.json"))
+    assert one == two and one["best"]["clean"] > one["best"]["aa"] > 0
+
+
+def test_one_line_for_what_befalls_all_ranks(tmp_path):
+    process = torchrun(HERE / "ltsd.py", [*TINY, "--sync-bn", "--out", tmp_path / "run"])
+    out, err = process.communicate(timeout=120)
+    assert process.returncode != 0 and out == "" and not (tmp_path / "run").exists()
+    said = [line for line in err.split("\n") if line.startswith("ltsd: error")]
+    assert said == [
+        "ltsd: error: --sync-bn: needs several GPUs; start with torchrun --nproc-per-node N, or leave it out"
+    ]
+
+
+def test_an_error_of_one_rank_is_told_and_ends_the_others(driver, tmp_path):
+    process = torchrun(driver, [*TINY, "--out", tmp_path / "run"], "lame")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0 and err.count("ltsd: error: rank 1: nothing to load\n") == 1
+    assert err.count("ltsd: error") == 1 and gone(int((tmp_path / "pid0").read_text()))
+
+
+def test_settings_that_depend_on_the_number_of_processes(tmp_path, capsys, monkeypatch):
+    assert ltsd.main([*TINY, "--sync-bn", "--out", str(tmp_path / "run")]) == 2
+    assert "--sync-bn: needs several GPUs" in capsys.readouterr().err
+    ltsd.resolve(ltsd.parse_args([*TINY, "--sync-bn", "--stage", "eval"]))  # one process may score what several made
+    monkeypatch.setattr(ltsd, "WORLD", 2)
+    for stage in ("bench", "report", "theory"):
+        assert ltsd.main([*TINY, "--stage", stage]) == 2
+        assert f"--stage {stage}: works in one process" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ltsd.UserError, match="--device cuda:1: PyTorch sees 0"):
+        ltsd.resolve(ltsd.parse_args([*TINY, "--device", "cuda"]))
+
+
+def test_shares_make_up_the_batch(monkeypatch):
+    assert ltsd.share(5) == (slice(0, 5, 1), 1.0)
+    monkeypatch.setattr(ltsd, "WORLD", 4)
+    for n in range(1, 10):
+        values, mean, seen = torch.rand(n, dtype=torch.float64), 0.0, []
+        for rank in range(4):
+            monkeypatch.setattr(ltsd, "RANK", rank)
+            rows, weight = ltsd.share(n)
+            assert len(values[rows])
+            mean += weight * values[rows].mean() / 4
+            seen += torch.arange(n)[rows].tolist() if weight else []
+        assert sorted(seen) == list(range(n)) and abs(mean - values.mean()) < 1e-12
+
+
+def test_synchronised_norms_are_folded_too():
+    torch.manual_seed(0)
+    model = ltsd.build_model("preactresnet18", 10)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+    keys, x = list(model.state_dict()), torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = ltsd.FrozenCopy(model)(x)
+        converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        frozen = ltsd.FrozenCopy(converted)
+        assert list(converted.state_dict()) == keys and torch.equal(frozen(x), expected)
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in frozen.net.modules())
+
+
+def test_ranks_evaluate_the_batches_of_one_process(monkeypatch):
+    """PGD's images and noise, AutoAttack's points and their numbers: two ranks together have those of one process."""
+    torch.manual_seed(0)
+    model, images = ltsd.build_model("resnet8", 10), torch.randint(0, 256, (23, 3, 8, 8), dtype=torch.uint8)
+    seen, real = [], ltsd.pgd_attack
+
+    def pgd(net, x, y, **threat):
+        seen.append(("pgd", y.tolist(), real(net, x, y, **threat).tolist()))
+        return x
+
+    def aa(net, x, y, *, index, **options):
+        seen.extend(("aa", *row) for row in zip(index.tolist(), y.tolist(), x.tolist(), strict=True))
+        return 0 * x  # all black: each of them gets the same verdict
+
+    monkeypatch.setattr(ltsd, "pgd_attack", pgd)
+    monkeypatch.setattr(ltsd, "autoattack", aa)
+    with torch.no_grad():
+        y = model.eval()(ltsd.to_float(images)).argmax(1)  # right by definition: clean 100 %
+
+    def evaluate():
+        seen.clear()
+        result = ltsd.evaluate(model, images, y, attacks=("clean", "pgd", "aa"), batch_size=4, steps=1)
+        return result, list(seen)
+
+    whole, one = evaluate()
+    flags, both = [], []
+    monkeypatch.setattr(ltsd, "WORLD", 2)
+    monkeypatch.setattr(ltsd, "gather", lambda mine: flags.append(mine) or [mine])
+    for rank in (0, 1):
+        monkeypatch.setattr(ltsd, "RANK", rank)
+        result, part = evaluate()
+        assert 0 < result["clean"] < whole["clean"] == 100 and 0 < len(part) < len(one)
+        both += part
+    assert sorted(both) == sorted(one)
+    first = iter(flags[:3])  # of rank 0, as rank 1 would get them
+    monkeypatch.setattr(ltsd, "gather", lambda mine: [next(first), mine])
+    assert evaluate()[0] == whole
