@@ -1,4 +1,4 @@
-"""Tests of ltsd.py, in the order of its sections. CPU only; `python -m pytest -q test_ltsd.py`."""
+"""Tests of ltsd.py: its sections in order, odd input, faults, several processes. `python -m pytest -q test_ltsd.py`."""
 
 import ast
 import collections
