@@ -2592,7 +2592,7 @@ class Run:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.file = open(os.devnull if RANK else self.path / "log.txt", "ab")  # closed, it lets go of the folder
-            if cfg.stage != "report" and not RANK:
+            if not RANK:
                 self._lock()
         except OSError as error:
             raise unwritable(self.path, error) from error
@@ -2603,7 +2603,7 @@ class Run:
             self._claim()
         gather(None)  # no rank looks into the folder before it is ours
         self.environment = environment(self.cfg)
-        self.log(f"run {self.path}" + (f", process {os.getpid()}" if self.cfg.stage != "report" else ""))
+        self.log(f"run {self.path}, process {os.getpid()}")
         self.log("argv " + " ".join(map(str, argv)), quiet=True)
         self.log(", ".join(f"{k} {v}" for k, v in self.environment.items()))
 
@@ -2839,25 +2839,28 @@ def table(runs) -> str:
 
 def read_run(path, cfg):
     """(Config, results) of a run folder under the evaluation settings of `cfg`; UserError that says what it lacks."""
+    name = "config.json"
     try:
-        own = Config(**json.loads((path / "config.json").read_text())["config"])
+        own = Config(**json.loads((path / name).read_text())["config"])
         threat = dict(eval_eps=own.eps if cfg.eval_eps is None else cfg.eval_eps, eval_step_size=cfg.eval_step_size)
         own = replace(own, eval_steps=cfg.eval_steps, stage="report", checkpoint=None, examples=None, **threat)
         validate(replace(own, image_size=None))  # filled in for every data set
-        results = json.loads((path / "results.json").read_text())
+        name = "results.json"
+        results = json.loads((path / name).read_text())
         shown = evaluations(own, results)
         shown = {k: dict(m) for k, m in shown.items() if k.partition(",")[0] in ("teacher", "best", "last")}
         for m, column in itertools.product(shown.values(), COLUMNS):
             float(m.get(column) or 0)
-        if shown:
-            data = {k: list(results["data"][k]) for k in ("classes", "tail_classes")}
-            return own, {"checkpoints": shown, "data": data}
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing") from None
+        data = {k: list(results["data"][k]) for k in ("classes", "tail_classes")} if shown else None
+    except FileNotFoundError:
+        raise UserError(f"{path} holds no such evaluation ({name} is missing): make one with --stage eval") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         kind = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: config.json or results.json is damaged ({kind})") from None
-    raise UserError(f"{path} is not evaluated (--stage eval) at eps {own.eval_eps:g} in {own.eval_steps} steps")
+        raise UserError(f"{path / name} is damaged ({kind}): restore it, or try --stage eval") from None
+    if not shown:
+        said = f"eps {own.eval_eps:g} in {own.eval_steps} steps of {own.eval_step_size:g}"
+        raise UserError(f"{path} holds no such evaluation ({said}): make one with --stage eval")
+    return own, {"checkpoints": shown, "data": data}
 
 
 def write_report(runs, folder, figures=None, notes=()):
@@ -2872,20 +2875,24 @@ def write_report(runs, folder, figures=None, notes=()):
         report_figures(by_setting(runs), figures)
 
 
-def report_runs(cfg):
-    """--stage report RUN...: one table over many run folders (globs too); the broken and unfinished ones are listed."""
-    paths = [
-        p for given in cfg.runs for p in (sorted(glob.glob(given)) or [given] if not os.path.exists(given) else [given])
-    ]
+def stage_report(cfg):
+    """One table over run folders, globs too, or else the runs that the flags name; broken and unfinished ones are
+    listed below it. Reads the folders only; the table goes to --out, or beside what it shows."""
+    if cfg.runs:
+        globs = [[given] if os.path.exists(given) else sorted(glob.glob(given)) or [given] for given in cfg.runs]
+        folder, paths = pathlib.Path(cfg.out or "."), [pathlib.Path(path) for found in globs for path in found]
+    else:
+        folder, configs = run_configs(cfg)
+        paths = [pathlib.Path(one.out) for one in configs]
     runs, left_out = [], []
-    for path in dict.fromkeys(pathlib.Path(p) for p in paths):
+    for path in dict.fromkeys(paths):
         try:
             runs.append(read_run(path, cfg))
         except UserError as error:
             left_out.append(str(error))
     if not runs:
-        raise UserError(f"none of {len(left_out)} run folders can be shown: {'; '.join(left_out)}")
-    write_report(runs, pathlib.Path(cfg.out or "."), cfg.figures, [f"\nLeft out: {line}." for line in left_out])
+        raise UserError("; ".join(left_out))
+    write_report(runs, folder, cfg.figures, [f"\nLeft out: {line}." for line in left_out])
 
 
 def new_figure(*size):
@@ -3375,19 +3382,20 @@ def student_phase(cfg, data):
 
 def stage_teacher(cfg, run, data):
     """Fit the self-teacher; its last epoch becomes teacher.pt, unless --teacher names one to copy."""
-    if run.has("teacher"):
-        return
-    if cfg.teacher:
+    if cfg.teacher and not run.has("teacher"):
         model = build_model(cfg.arch, len(data.classes), METHODS[cfg.teacher_method].head)
         epoch = load_weights(model, cfg.teacher)
         digest = hashlib.sha256(pathlib.Path(cfg.teacher).read_bytes()).hexdigest()
         run.log(f"teacher: a copy of {cfg.teacher}, sha256 {digest}")
         run.save_model("teacher", model, epoch)
-        return
-    phase = teacher_phase(cfg, data)
+    elif not run.has("teacher"):
+        _train_and_save(cfg, run, data, teacher_phase(cfg, data), "teacher")
+
+
+def _train_and_save(cfg, run, data, phase, name, teacher=None):
     head, tail = phase.counts[0], phase.counts[-1]
-    run.log(f"teacher: {phase.method} on {len(phase.indices)} images, {head} to {tail} a class")
-    run.save_model("teacher", train(cfg, phase, data, run), phase.epochs)
+    run.log(f"{phase.name}: {phase.method} on {len(phase.indices)} images, {head} to {tail} a class")
+    run.save_model(name, train(cfg, phase, data, run, teacher), phase.epochs)
 
 
 def load_teacher(cfg, run, data):
@@ -3404,13 +3412,9 @@ def load_teacher(cfg, run, data):
 
 def stage_distill(cfg, run, data):
     """Train the student or a baseline: best.pt on the way, last.pt at the end."""
-    if run.has("last"):
-        return
-    phase = student_phase(cfg, data)
-    teacher = load_teacher(cfg, run, data) if METHODS[cfg.method].teacher else None
-    head, tail = data.counts[0], data.counts[-1]
-    run.log(f"student: {cfg.method} on {len(phase.indices)} images, {head} to {tail} a class")
-    run.save_model("last", train(cfg, phase, data, run, teacher), phase.epochs)
+    if not run.has("last"):
+        teacher = load_teacher(cfg, run, data) if METHODS[cfg.method].teacher else None
+        _train_and_save(cfg, run, data, student_phase(cfg, data), "last", teacher)
 
 
 def _need(path, stage):
@@ -3448,7 +3452,8 @@ class SavedState(dict):
 
 
 def stage_eval(cfg, run, data):
-    """Evaluate teacher, best and last, or --checkpoint, unless results.json has it for this threat."""
+    """Evaluate teacher, best and last, or --checkpoint, unless results.json has it for this threat; then the table.
+    Returns (cfg, results) with what this Config asks for as their checkpoints."""
     paths = {name: run.path / f"{name}.pt" for name in ("teacher", "best", "last")}
     if not METHODS[cfg.method].teacher:
         del paths["teacher"]
@@ -3496,20 +3501,11 @@ def stage_eval(cfg, run, data):
         state.path.unlink(missing_ok=True)
         spent = run.results().get("seconds", {}).get("eval", 0.0)
         run.set_seconds("eval", spent + time.perf_counter() - began)
-
-
-def stage_report(cfg, run):
-    """Print the run's table; returns (cfg, results) with the evaluations that this Config asks for."""
-    results = run.results()
-    shown = evaluations(cfg, results)
-    if cfg.checkpoint:
-        shown = {name: m for name, m in shown.items() if name.partition(",")[0] == cfg.checkpoint}
-    if not shown or "data" not in results:
-        raise UserError(f"{run.path} holds no such evaluation: make one with --stage eval")
-    results = {**results, "checkpoints": shown}
-    run.log("\n" + table([(cfg, results)]), quiet=True)
-    write_report([(cfg, results)], run.path, cfg.figures)
-    return cfg, results
+    shown = {name: m for name, m in evaluations(cfg, run.results()).items() if name in paths}
+    done = cfg, {**run.results(), "checkpoints": shown}
+    run.log("\n" + table([done]), quiet=True)
+    write_report([done], run.path, cfg.figures)
+    return done
 
 
 def work_ahead(cfg, run, data):
@@ -3550,6 +3546,22 @@ def tune_process(cfg):
             libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: give nothing back
 
 
+def run_configs(cfg):
+    """(parent folder, [scalar, resolved Config with its folder as `out`]) for what a command line asks for."""
+    configs, parent = [resolve(one) for one in expand(cfg)], pathlib.Path(cfg.out or "runs")
+    if len(configs) > 1 or not cfg.out:
+        configs = [replace(one, out=str(parent / run_name(one))) for one in configs]
+    return parent if len(configs) > 1 else pathlib.Path(configs[0].out), configs
+
+
+def stage_runs(cfg, argv):
+    """One run per element of the comma lists' product, then the table of all of them."""
+    parent, configs = run_configs(cfg)
+    done = [run_one(replace(one, figures=None) if len(configs) > 1 else one, argv) for one in configs]
+    if len(done) > 1 and all(done):
+        write_report(done, parent, cfg.figures)
+
+
 def run_one(cfg, argv):
     """All that one scalar, resolved Config asks for; returns (cfg, results) where there is a table."""
     run = Run(cfg)
@@ -3560,8 +3572,6 @@ def run_one(cfg, argv):
 
 def carry_out(cfg, run):
     """What run_one does in the folder that it has opened."""
-    if cfg.stage == "report":
-        return stage_report(cfg, run)
     tune_process(cfg)
     if RANK:
         gather(None)  # rank 0 comes first, to fetch and unpack for all
@@ -3575,20 +3585,7 @@ def carry_out(cfg, run):
         stage_teacher(cfg, run, data)
     if cfg.stage in ("distill", "all"):
         stage_distill(cfg, run, data)
-    if cfg.stage not in ("eval", "all"):
-        return None
-    stage_eval(cfg, run, data)
-    return stage_report(cfg, run)
-
-
-def stage_runs(cfg, argv):
-    """One run per element of the comma lists' product, then the table of all of them."""
-    configs, parent = [resolve(one) for one in expand(cfg)], pathlib.Path(cfg.out or "runs")
-    if len(configs) > 1:
-        configs = [replace(one, out=str(parent / run_name(one)), figures=None) for one in configs]
-    done = [run_one(one, argv) for one in configs]
-    if len(done) > 1 and all(done):
-        write_report(done, parent, cfg.figures)
+    return stage_eval(cfg, run, data) if cfg.stage in ("eval", "all") else None
 
 
 def stage_theory(cfg):
@@ -3617,8 +3614,8 @@ def main(argv=None) -> int:
             new_figure(1, 1)  # say now, not after days, that matplotlib is missing
         if cfg.stage == "theory":
             stage_theory(cfg)
-        elif cfg.runs:
-            report_runs(cfg)
+        elif cfg.stage == "report":
+            stage_report(cfg)
         elif cfg.stage == "bench":
             stage_bench(resolve(expand(cfg)[0]))
         else:
