@@ -3054,27 +3054,22 @@ def theory_trained(n, eta, eps, r, samples, generator):
 
 
 def theory(n=2, eta=1.0, eps=0.5, ratios=(1, 2, 5, 10, 50), samples=400_000, seed=0):
-    """Section 3 and appendix A as text: closed form, sampled, trained side by side, then what they show.
+    """Section 3 and appendix A as Markdown: closed form, sampled, trained side by side, then what they show.
 
-    Arguments as for `theory_trained`; ratios: imbalance ratios. Returns the table and three checks that end
-    in yes or NO (Corollary 1 is strict for r > 1, eps > 0). Seconds on a CPU. Raises as `theory_trained`."""
+    Arguments as for `theory_trained`; ratios: imbalance ratios. Returns the table and three checks that end in yes or
+    NO (Corollary 1 is strict for r > 1, eps > 0). Seconds on a CPU. Raises as `theory_trained`."""
     generator, ratios, runs, se = torch.Generator().manual_seed(seed), sorted(ratios), [], []
-    lines = [
-        f"Tail errors of eq. (2) in %; n {n}, eta {eta:g}, eps {eps:g}, {samples:,} samples, seed {seed}",
-        f"{'':14}|{'bias at |w| = 1':^18}|{'clean error':^26}|{'error under attack':^26}|",
-        f"{'IR':>4} {'training':9}|  closed  trained |" + "  closed sampled  trained |" * 2,
-    ]
+    rows = [["IR", "training", "bias", "trained", *("clean", "sampled", "trained"), "attacked", "sampled", "trained"]]
     for r in ratios:
         closed, args = theorem1(n, eta, eps, r), (n, eta, eps, r, samples, generator)
         sampled, trained = theory_sampled(*args), theory_trained(*args)
         runs.append([[source[k] for k in TAIL_ERRORS] for source in (closed, sampled, trained)])
         binomial = [math.sqrt(closed[k] * (1 - closed[k]) / samples) for k in TAIL_ERRORS]
         se.append([binomial, [trained["se"][k] for k in TAIL_ERRORS]])
-        for name, key in (("natural", "nat"), ("advers.", "rob")):
-            line = f"{r:4g} {name:9}|{closed['b_' + key]:8.4f}{trained['b_' + key]:9.4f} |"
-            for k in (key + "_std", key + "_rob"):
-                line += f"{100 * closed[k]:8.2f}{100 * sampled[k]:8.2f}{100 * trained[k]:9.2f} |"
-            lines.append(line)
+        for name, key in (("natural", "nat"), ("adversarial", "rob")):
+            biases = [f"{source['b_' + key]:.4f}" for source in (closed, trained)]
+            errors = [100 * x[f"{key}_{kind}"] for kind in ("std", "rob") for x in (closed, sampled, trained)]
+            rows.append([f"{r:g}", name, *biases, *(f"{error:.2f}" for error in errors)])
     error = torch.tensor(runs, dtype=torch.float64)  # [IR, (closed, sampled, trained), 4]
     worst = ((error[:, 1:] - error[:, :1]) / torch.tensor(se, dtype=torch.float64)).abs().max()
     gap, strict = error[..., 3] - error[..., 1], torch.tensor([r > 1 and eps > 0 for r in ratios])
@@ -3085,7 +3080,9 @@ def theory(n=2, eta=1.0, eps=0.5, ratios=(1, 2, 5, 10, 50), samples=400_000, see
         f"Attacked tail worse after adversarial training (points: {gaps})": corollary,
         f"Sampled and trained agree with the closed form (farthest {worst:.1f} standard errors)": worst < 4,
     }
-    return "\n".join(lines + [f"{claim}: {'yes' if holds else 'NO'}" for claim, holds in checks.items()])
+    about = f"Tail errors of eq. (2) in %, bias at |w| = 1; closed form (n {n}, eta {eta:g}, eps {eps:g}) first, then"
+    about = f"{about} {samples:,} samples (seed {seed})."
+    return "\n".join([about, "", *markdown(rows), "", *(f"- {k}: {'yes' if v else 'NO'}" for k, v in checks.items())])
 
 
 def theory_figures(folder, eta=1.0, eps=0.5, seed=0):
@@ -3595,7 +3592,7 @@ def stage_theory(cfg):
     print(text, flush=True)
     if cfg.out:
         pathlib.Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        write_atomic(pathlib.Path(cfg.out, "theory.md"), f"```\n{text}\n```\n")
+        write_atomic(pathlib.Path(cfg.out, "theory.md"), f"{text}\n")
     if cfg.figures:
         theory_figures(cfg.figures)
 
