@@ -68,6 +68,16 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _as_in_a_terminal():
+    """A job in the background starts with SIGINT (nohup: SIGHUP) ignored, and hands that down to its children."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
+    kept = {n: signal.signal(n, h) for n, h in zip(numbers, (signal.default_int_handler, signal.SIG_DFL))}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """One uninterrupted tiny run of the whole pipeline."""
@@ -1409,7 +1419,7 @@ def test_learning_rate_schedule():
 
 
 def test_run_folder(finished):
-    assert {p.name for p in finished.iterdir()} == set(ltsd.Run.FILES) - {"aa.pt"}
+    assert {p.name for p in finished.iterdir()} == {*ltsd.Run.FILES, "log.txt", "report.md"}
     results = json.loads((finished / "results.json").read_text())
     assert list(results["checkpoints"]) == ["teacher", "best", "last"] and "evaluations" not in results
     best = results["checkpoints"]["best"]
