@@ -2565,8 +2565,7 @@ PAPER = """
 8 cifar100 10 wrn34-10 ltsd 50.55 23.43 20.16 38.4 19.5 50.87 22.21 19.44 42.5 18.4
 """
 # fmt: on
-HEADS = ("clean", "PGD-20", "AA", "T-clean", "T-PGD", "T-AA")
-COLUMNS = dict(zip(("clean", "pgd", "aa", "tail_clean", "tail_pgd", "tail_aa"), HEADS, strict=True))
+COLUMNS = dict(clean="clean", pgd="PGD-20", aa="AA", tail_clean="T-clean", tail_pgd="T-PGD", tail_aa="T-AA")
 
 
 def paper_row(cfg, name):
@@ -2577,7 +2576,7 @@ def paper_row(cfg, name):
     for cells in (line.split() for line in PAPER.split("\n")):
         if cells[1:5] == key and name in ("teacher", "best", "last"):
             numbers = [None if c == "-" else float(c) for c in cells[10 if name == "last" else 5 :][:5]]
-            return dict(zip(("clean", "pgd", "aa", "tail_clean", "tail_pgd"), numbers, strict=True))
+            return dict(zip(list(COLUMNS)[:5], numbers, strict=True))
     return None
 
 
@@ -2783,11 +2782,6 @@ def welch_t(a, b):
     return (mean_a - mean_b) / math.sqrt(u + v), (u + v) ** 2 / (u**2 / (n_a - 1) + v**2 / (n_b - 1))
 
 
-def heading(column, cfg):
-    """A column's heading, with the steps of the evaluation's PGD."""
-    return COLUMNS[column].replace("20", str(cfg.eval_steps))
-
-
 def markdown(rows):
     """Rows of cells, the first of them headings -> lines of an aligned table; two columns of text, then numbers."""
     rows = [rows[0], ["---", "---"] + ["---:"] * (len(rows[0]) - 2), *rows[1:]]
@@ -2803,7 +2797,7 @@ def table(runs) -> str:
     settings = by_setting(runs)
     found = {c for s in settings for run in s.runs for m in run.values() for c in COLUMNS if m.get(c) is not None}
     shown = [c for c in COLUMNS if c in found]
-    heads = [heading(c, runs[0][0]) for c in shown]
+    heads = [COLUMNS[c].replace("20", str(runs[0][0].eval_steps)) for c in shown]
     rows = [["setting", "checkpoint", *heads]]
     for s in settings:
         for name in dict.fromkeys(name for run in s.runs for name in run):
@@ -2827,14 +2821,11 @@ def table(runs) -> str:
         lines += ["", *markdown(rows)]
     tails = {f"{len(r['data']['tail_classes'])} of {len(r['data']['classes'])} ({cfg.data})" for cfg, r in runs}
     threats = {f"{cfg.eval_eps:g}/255" for cfg, _ in runs}
-    lines += [
-        "",
-        f"In %; eps {', '.join(sorted(threats))}. T-: the rarest classes, {', '.join(sorted(tails))}. best: highest",
-    ]
-    lines += [
-        "PGD accuracy (natural: clean) of the last quarter of the epochs, chosen on the test set as the baselines do."
-    ]
-    return "\n".join(lines)
+    note = (
+        f"In %; eps {', '.join(sorted(threats))}. T-: the rarest classes, {', '.join(sorted(tails))}. best: highest PGD"
+    )
+    note += " accuracy (natural: clean) in the last quarter of the epochs, chosen on the test set as the baselines do."
+    return "\n".join([*lines, "", note])
 
 
 def read_run(path, cfg):
@@ -2921,7 +2912,8 @@ def report_figures(settings, folder):
     settings = [s for s in settings if s.stat("best", "clean") and s.stat("best", "pgd")]
     if not settings:
         raise UserError("--figures: no best checkpoint with clean and PGD accuracy to draw")
-    robust, cfg = "aa" if all(s.stat("best", "aa") for s in settings) else "pgd", settings[0].cfg
+    robust = "aa" if all(s.stat("best", "aa") for s in settings) else "pgd"
+    names = dict(COLUMNS, pgd=f"PGD-{settings[0].cfg.eval_steps}")
     shapes = zip("os^Dv*P<>X" * 2, ("-", "--", "-.", ":") * 5, strict=True)
     looks = [dict(marker=m, linestyle=d, color="k", mfc="w", ms=8, lw=1, capsize=3) for m, d in shapes]
 
@@ -2934,7 +2926,7 @@ def report_figures(settings, folder):
         for s, look in zip(settings, itertools.cycle(looks)):
             if x := s.stat("best", a):
                 draw(ax, look, s.label(), x[0], [s.stat("best", b)], xerr=x[1] or None, linestyle="none")
-        ax.set(xlabel=f"{heading(a, cfg)} accuracy (%)", ylabel=f"{heading(b, cfg)} accuracy (%)")
+        ax.set(xlabel=f"{names[a]} accuracy (%)", ylabel=f"{names[b]} accuracy (%)")
     save_figure(figure, folder, "scatter.png", ncols=2)
     figure = new_figure(11, 5.5)
     ax = figure.subplots()
@@ -2943,7 +2935,7 @@ def report_figures(settings, folder):
         groups = np.array([[part.mean() for part in np.array_split(run, min(10, len(run)))] for run in runs])
         stats = [(column.mean(), column.std(ddof=int(len(runs) > 1))) for column in groups.T]
         draw(ax, look, s.label(), range(1, len(stats) + 1), stats)
-    ax.set(xlabel="group of classes, most to least frequent", ylabel=f"{heading(robust, cfg)} accuracy (%)")
+    ax.set(xlabel="group of classes, most to least frequent", ylabel=f"{names[robust]} accuracy (%)")
     ax.set_xticks(range(1, len(stats) + 1))
     save_figure(figure, folder, "classes.png", ncols=2)
     for key, name in (("ir", "imbalance ratio"), ("alpha", "alpha"), ("gamma", "gamma")):
@@ -2960,7 +2952,7 @@ def report_figures(settings, folder):
         for ax, tail, who in zip(figure.subplots(1, 2), ("", "tail_"), ("overall", "tail classes"), strict=True):
             pairs = itertools.product(families, ("clean", "pgd"))
             for (family, column), look in zip(pairs, itertools.cycle(looks)):
-                label = f"{family[0][1].label(key, 'seed')}, {heading(column, cfg)}"
+                label = f"{family[0][1].label(key, 'seed')}, {names[column]}"
                 draw(ax, look, label, [x for x, _ in family], [s.stat("best", tail + column) for _, s in family])
             ax.set(xlabel=name, ylabel=f"accuracy (%), {who}", xscale="log" if key == "ir" else "linear")
             ticks = sorted({x for family in families for x, _ in family})
