@@ -3302,6 +3302,7 @@ def test_stopped_after_every_single_step_a_run_ends_bit_identical(method, aug, f
     assert len(codes) == (12 if method == "ltsd" else 10) and not list(out.glob("*.tmp*"))
     same_run(one, out, *(["teacher"] if method == "ltsd" else []), "best", "last")
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert ltsd.SIGNALS.arrive not in before
 
 
 OUTSIDE = [
@@ -3640,6 +3641,17 @@ def test_an_attack_without_any_gradient_stops_the_run(tmp_path, capsys, monkeypa
 @pytest.mark.parametrize("harmless", ["--eps", "--steps", "--step-size"])
 def test_an_attack_that_is_not_meant_to_move_is_no_fault(harmless, tmp_path):
     args = [*TINY, "--method", "at-bsl", "--epochs", "1", harmless, "0"]
+    assert ltsd.main([*args, "--out", str(tmp_path / "a")]) == 0
+
+
+def test_an_evaluation_whose_attack_stands_still_is_no_fault_of_natural_training(tmp_path, monkeypatch):
+    def still(*args, real=ltsd._select):
+        columns = real(*args)
+        args[-1][0].still.fill_(True)
+        return columns
+
+    monkeypatch.setattr(ltsd, "_select", still)
+    args = [*TINY, "--method", "natural", "--epochs", "8", "--stage", "distill"]
     assert ltsd.main([*args, "--out", str(tmp_path / "a")]) == 0
 
 
