@@ -2713,7 +2713,8 @@ def test_odd_images_are_read_right(tmp_path, monkeypatch):
         options = dict(transparency=1) if name == "palette.png" else options[0] if options else {}
         picture.save(root / "train" / "猫 1" / name, **options)
         colours[name] = colour
-    for name in ("notes.txt", ".DS_Store", "._one.png"):
+    (root / "train" / "猫 1" / ".thumbnails").mkdir()
+    for name in ("notes.txt", ".DS_Store", "._one.png", ".thumbnails/one.png"):
         (root / "train" / "猫 1" / name).write_bytes(b"\x00\x05\x16\x07")
     (root / "train" / ".cache").mkdir()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)  # the strip is what PIL warns of as too big
