@@ -832,6 +832,13 @@ def _conv(cin, cout, side, stride=1):
     return nn.Conv2d(cin, cout, side, stride, side // 2, bias=False)
 
 
+def _register(parent, path, module):
+    """Give `parent` a submodule under the path "name" or "name.inner" of its parameters; returns the submodule."""
+    name, _, inner = path.partition(".")
+    parent.add_module(name, nn.ModuleDict({inner: module}) if inner else module)
+    return module
+
+
 class BasicBlock(nn.Module):
     """ResNet's block: conv-bn-relu-conv-bn plus a shortcut, then relu."""
 
@@ -855,23 +862,18 @@ class PreActBlock(nn.Module):
     Where the shape changes, the shortcut is a bare 1x1 convolution of the activated input.
     """
 
-    folds = (("conv1", "bn2"),)
-    projection = "shortcut"
+    folds, projection = (("conv1", "bn2"),), "shortcut.0"
 
     def __init__(self, cin, cout, stride):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(cin), _conv(cin, cout, 3, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(cout), _conv(cout, cout, 3)
-        if stride != 1 or cin != cout:
-            self.add_module(self.projection, self.make_projection(cin, cout, stride))
-
-    def make_projection(self, cin, cout, stride):
-        return nn.Sequential(_conv(cin, cout, 1, stride))
+        same = stride == 1 and cin == cout
+        self.project = () if same else (_register(self, self.projection, _conv(cin, cout, 1, stride)),)
 
     def forward(self, x):
         out = F.relu(self.bn1(x))
-        project = getattr(self, self.projection, None)
-        shortcut = x if project is None else project(out)
+        shortcut = self.project[0](out) if self.project else x
         return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
 
 
@@ -880,17 +882,14 @@ class WideBlock(PreActBlock):
 
     projection = "convShortcut"
 
-    def make_projection(self, cin, cout, stride):
-        return _conv(cin, cout, 1, stride)
-
 
 class CosineHead(nn.Module):
     """RoBal's classifier: scale * <f/|f|, w_c/(|w_c| + offset)> - prior_c, scale 1 and prior 0 while training."""
 
-    def __init__(self, width, num_classes, offset):
+    def __init__(self, width, num_classes):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_classes, width).uniform_(-(width**-0.5), width**-0.5))
-        self.offset, self.scale = offset, 1.0
+        self.offset, self.scale = 1 / 32 if num_classes <= 10 else 1 / 16, 1.0  # RoBal-R's two settings
         self.register_buffer("prior", torch.zeros(num_classes), persistent=False)
 
     def forward(self, features):
@@ -901,28 +900,26 @@ class CosineHead(nn.Module):
 class Net(nn.Module):
     """3x3 stem, stages of blocks, global average pool, head: images float [N,3,H,W] in [0,1] -> float32 logits.
 
-    stem: its channels; stages: (channels, blocks, stride) each; stage: their name; norms: names of the batch norm after
-    the stem and of the one before the pool, or None; head: (name, module for a given width). Pool and head are float32
-    whatever the convolutions are: with bf16 logits many samples would get no gradient at all.
+    stem: its channels; blocks: of each stage; widths: channels of the stages, all but the first of which halve the
+    image; stage: their name; norms: names of the batch norm after the stem and of the one before the pool, or None;
+    head_name, head: name and class of the head. Pool and head are float32 whatever the convolutions are: with bf16
+    logits many samples would get no gradient at all.
     """
 
-    def __init__(self, block, stem, stages, stage, norms, head):
+    def __init__(self, block, stem, blocks, widths, stage, norms, head_name, head, num_classes):
         super().__init__()
-        self.conv1, self.stem_norm, self.last_norm, self.head_name = _conv(3, stem, 3), *norms, head[0]
+        self.conv1, self.stem_norm, self.last_norm, self.head_name = _conv(3, stem, 3), *norms, head_name
         self.folds = (("conv1", self.stem_norm),) if self.stem_norm else ()
         if self.stem_norm:
             self.add_module(self.stem_norm, nn.BatchNorm2d(stem))
-        width, body = stem, []
-        for i, (channels, blocks, stride) in enumerate(stages, 1):
-            made = [block(width if j == 0 else channels, channels, 1 if j else stride) for j in range(blocks)]
-            body.append(nn.Sequential(*made))
-            name, _, inner = stage.format(i).partition(".")
-            self.add_module(name, nn.ModuleDict({inner: body[-1]}) if inner else body[-1])
+        self.body, width = (), stem  # the stages, which are registered under their public names
+        for i, channels in enumerate(widths, 1):
+            made = [block(channels if j else width, channels, 2 if i > 1 and j == 0 else 1) for j in range(blocks)]
+            self.body += (_register(self, stage.format(i), nn.Sequential(*made)),)
             width = channels
-        self.body = tuple(body)  # registered above, under the public names
         if self.last_norm:
             self.add_module(self.last_norm, nn.BatchNorm2d(width))
-        self.add_module(self.head_name, head[1](width))
+        self.add_module(head_name, head(width, num_classes))
 
     @property
     def head(self):
@@ -937,23 +934,18 @@ class Net(nn.Module):
             out = stage(out)
         if self.last_norm:
             out = F.relu(getattr(self, self.last_norm)(out))
-        wide = torch.float64 if out.dtype == torch.float64 else torch.float32
-        features = out.mean((2, 3), dtype=wide)
+        features = out.mean((2, 3), dtype=torch.promote_types(out.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
             logits = self.head(features)
         return (logits, features) if with_features else logits
 
 
-def _stages(blocks, *widths):
-    return [(width, blocks, 2 if i else 1) for i, width in enumerate(widths)]
-
-
 # fmt: off
-ARCHS = {  # block, stem, stages, name of a stage, names of the first and last batch norm, name of the head
-    "resnet18":       (BasicBlock, 64, _stages(2, 64, 128, 256, 512), "layer{}", ("bn1", None), "linear"),
-    "preactresnet18": (PreActBlock, 64, _stages(2, 64, 128, 256, 512), "layer{}", (None, "bn"), "linear"),
-    "wrn34-10":       (WideBlock, 16, _stages(5, 160, 320, 640), "block{}.layer", (None, "bn1"), "fc"),
-    "resnet8":        (BasicBlock, 16, _stages(1, 16, 32, 64), "layer{}", ("bn1", None), "linear"),
+ARCHS = {  # block, stem, blocks, widths, name of a stage, names of the first and last batch norm, name of the head
+    "resnet18":       (BasicBlock, 64, 2, (64, 128, 256, 512), "layer{}", ("bn1", None), "linear"),
+    "preactresnet18": (PreActBlock, 64, 2, (64, 128, 256, 512), "layer{}", (None, "bn"), "linear"),
+    "wrn34-10":       (WideBlock, 16, 5, (160, 320, 640), "block{}.layer", (None, "bn1"), "fc"),
+    "resnet8":        (BasicBlock, 16, 1, (16, 32, 64), "layer{}", ("bn1", None), "linear"),
 }
 # fmt: on
 
@@ -966,15 +958,11 @@ def build_model(arch, num_classes, head="linear") -> nn.Module:
     """
     if arch not in ARCHS or head not in ("linear", "cosine") or num_classes < 2:
         raise ValueError(f"no {arch!r} with {head!r} head, {num_classes} classes; arch: {', '.join(ARCHS)}")
-    *body, name = ARCHS[arch]
-    offset = 1 / 32 if num_classes <= 10 else 1 / 16  # RoBal-R's two settings
-    make = nn.Linear if head == "linear" else lambda width, classes: CosineHead(width, classes, offset)
-    net = Net(*body, (name, lambda width: make(width, num_classes)))
+    net = Net(*ARCHS[arch], nn.Linear if head == "linear" else CosineHead, num_classes)
     if arch.startswith("wrn"):  # as published; the others keep PyTorch's initialisation
         for module in net.modules():
             if isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] ** 2 * module.out_channels
-                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
     return net.to(memory_format=torch.channels_last)
