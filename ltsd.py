@@ -9,10 +9,10 @@ set D; the student, trained adversarially on D with balanced softmax, distils fr
     python ltsd.py --data folder --data-dir DIR --ir 50    # your images: DIR/train/CLASS/*, DIR/test/CLASS/*
     torchrun --nproc-per-node 4 ltsd.py ...                # any of them on four GPUs of this machine
 
-Sections: 1 setup, 2 config, 3 data, 4 models, 5 step, 6 attack, 7 methods, 8 training, 10 evaluation, 11
-report, 13 bench, 14 main. Images are float32 in [0,1], NCHW, channels_last; labels int64; eps and step_size
-are fractions in the functions and 255ths on the command line. Importing has no side effects: import what you
-need.
+Sections: 1 setup, 2 config, 3 data, 4 models, 5 step, 6 attack, 7 methods, 8 training, 9 autoattack, 10 evaluation,
+11 report, 12 theory, 13 bench, 14 main. Images are float32 in [0,1], NCHW, channels_last; labels int64; eps and
+step_size are fractions in the functions and 255ths on the command line. Importing has no side effects: import what
+you need.
 """
 
 # ==========================================================================================================
@@ -51,7 +51,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.datasets.utils import calculate_md5, download_url
 from torchvision.transforms import v2
@@ -118,22 +118,19 @@ def derive_seed(seed, *words):
 def ieee_float32():
     """Inside, no TF32: a verdict must not depend on a ten-bit mantissa. No cuDNN autotuning either, which AutoAttack's
     ever changing batch sizes would set off again and again."""
-    cuda, cudnn, keep = torch.backends.cuda.matmul, torch.backends.cudnn, []
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     try:
-        keep = [(cudnn, "allow_tf32", cudnn.allow_tf32), (cuda, "allow_tf32", cuda.allow_tf32)]
-        strict = False
+        switches = [(t, "allow_tf32", t.allow_tf32, False) for t in (cudnn, cuda)]
     except RuntimeError:  # the importing program uses PyTorch's newer switches, which do not mix with these
-        keep = [(t, "fp32_precision", t.fp32_precision) for t in (cudnn.conv, cuda)]
-        strict = "ieee"
+        switches = [(t, "fp32_precision", t.fp32_precision, "ieee") for t in (cudnn.conv, cuda)]
+    switches.append((cudnn, "benchmark", cudnn.benchmark, False))
     try:
-        for switch, name, _ in keep:
+        for switch, name, _, strict in switches:
             setattr(switch, name, strict)
-        keep.append((cudnn, "benchmark", cudnn.benchmark))
-        cudnn.benchmark = False
         yield
     finally:
-        for switch, name, value in keep:
-            setattr(switch, name, value)
+        for switch, name, before, _ in switches:
+            setattr(switch, name, before)
 
 
 # Several processes, each a "rank" of a group that torchrun started. Only ``main`` changes these three, so that whoever
@@ -195,34 +192,26 @@ class Config:
     """Every setting of a run, one field per flag; None stands for the data set's or the method's own default."""
 
     # fmt: off
-    data: str = _flag("cifar100", "data set",
-                      choices=("cifar10", "cifar100", "tinyimagenet", "folder", "synthetic"))
+    data: str = _flag("cifar100", "data set", choices=("cifar10", "cifar100", "tinyimagenet", "folder", "synthetic"))
     data_dir: str = _flag("data", "folder that holds, or will hold, the data", identity=False)
     image_size: int = _flag(None, "side of the images of --data folder (32)", low=16, high=512)
-    ir: float = _flag(None, "imbalance ratio n_max/n_min (cifar10 50, cifar100 and tinyimagenet 10, "
-                      "synthetic 20, folder: the natural counts)", low=1, many=True)
+    ir: float = _flag(None, "imbalance n_max/n_min (10; cifar10 50, synthetic 20, folder as it is)", low=1, many=True)
     method: str = _flag("ltsd", "training method, or 'all'", many=True)
     arch: str = _flag(None, "network (resnet18; tinyimagenet preactresnet18, synthetic resnet8)",
                       choices=("resnet18", "preactresnet18", "wrn34-10", "resnet8"))
     stage: str = _flag("all", "what to do; 'train' is another name of 'distill'", identity=False,
                        choices=("all", "teacher", "distill", "train", "eval", "report", "theory", "bench"))
-    aug: str = _flag("none", "RandAugment(2, 8) or AutoAugment's CIFAR-10 policy before crop and flip",
-                     many=True, choices=("none", "ra", "aua"))
+    aug: str = _flag("none", "RandAugment/AutoAugment before crop and flip", many=True, choices=("none", "ra", "aua"))
     official: bool = _flag(False, "the method's own published optimiser settings, if any for the data")
     kd: str = _flag("igdm", "distillation: igdm, or kl (of teacher to student at x')", choices=("igdm", "kl"))
     beta: float = _flag(None, "weight of the KL term of trades, mart and robal (6)", low=0)
-    reat_tail: str = _flag("official", "tail term of reat, as released or as its paper intends",
-                           choices=("official", "intended"))
+    reat_tail: str = _flag("official", "reat's tail term: as released or as intended", choices=("official", "intended"))
     teacher: str = _flag(None, "checkpoint to use as the teacher (copied into the run)", identity=False)
-    teacher_method: str = _flag("pgd-at", "how the self-teacher is trained",
-                                many=True, choices=("pgd-at", "at-bsl", "robal", "reat"))
-    teacher_data: str = _flag("balanced", "what the self-teacher sees: D_B, or all",
-                              choices=("balanced", "full"))
-    alpha: float = _flag(None, "final weight of the distillation term, reached by a linear ramp (40; "
-                         "synthetic 10)", low=0, many=True)
+    teacher_method: str = _flag("pgd-at", "teacher's method", many=True, choices=("pgd-at", "at-bsl", "robal", "reat"))
+    teacher_data: str = _flag("balanced", "what the self-teacher sees: D_B, or all", choices=("balanced", "full"))
+    alpha: float = _flag(None, "final distillation weight, after a linear ramp (40; synthetic 10)", low=0, many=True)
     tau: float = _flag(1.0, "strength of the class prior in balanced softmax, b_c = tau ln n_c", low=0)
-    gamma: float = _flag(None, "D_B has floor(gamma n_min) images a class (IR/2, at least 1)", low=0,
-                         high=1e4, many=True)
+    gamma: float = _flag(None, "D_B: floor(gamma n_min) images a class (IR/2, at least 1)", low=0, high=1e4, many=True)
     epochs: int = _flag(None, "student epochs (100; synthetic 12)", low=1)
     teacher_epochs: int = _flag(None, "teacher epochs (30, on all data as --epochs; synthetic 8)", low=1)
     batch_size: int = _flag(None, "student batch size (128; synthetic 64)", low=1)
@@ -234,39 +223,33 @@ class Config:
     eps: float = _flag(8.0, "L-inf radius of the training attack, in 255ths", low=0, high=255)
     step_size: float = _flag(2.0, "step of the training attack, in 255ths", low=0, high=255)
     steps: int = _flag(10, "steps of the training attack", low=0)
-    eval_eps: float = _flag(None, "L-inf radius of the evaluation, in 255ths (= --eps)", low=0, high=255,
-                            identity=False)
-    eval_step_size: float = _flag(2.0, "step of the evaluation's PGD, in 255ths", low=0, high=255,
-                                  identity=False)
+    eval_eps: float = _flag(None, "L-inf radius of the evaluation, in 255ths (--eps)", low=0, high=255, identity=False)
+    eval_step_size: float = _flag(2.0, "step of the evaluation's PGD, in 255ths", low=0, high=255, identity=False)
     eval_steps: int = _flag(20, "steps of the evaluation's PGD", low=0, identity=False)
     attacks: str = _flag(None, "what to evaluate (clean,pgd,aa; synthetic clean,pgd)", identity=False)
     device: str = _flag("auto", "auto, cpu, cuda or cuda:N", identity=False)
-    amp: str = _flag("auto", "precision of the convolutions; auto: bf16 where the hardware has it, fp16 on "
-                     "older GPUs, else off", choices=("auto", "bf16", "fp16", "off"))
-    compile: str = _flag("auto", "compile networks, and on CUDA replay attacks as graphs; auto: on CUDA only",
-                         choices=("auto", "on", "off"))
+    amp: str = _flag("auto", "precision of the convolutions; auto: bf16 where it is fast, fp16 on older GPUs, else off",
+                     choices=("auto", "bf16", "fp16", "off"))
+    compile: str = _flag("auto", "compile networks, capture CUDA graphs; auto: on CUDA", choices=("auto", "on", "off"))
     deterministic: bool = _flag(False, "deterministic algorithms on CUDA too (slower; CPU runs always are)")
     sync_bn: bool = _flag(False, "under torchrun, batch statistics over all GPUs in the place of each its own")
     seed: int = _flag(0, "seed of the weights, of D_B and of every other draw", low=0, many=True)
-    out: str = _flag(None, "run folder (runs/NAME; with comma lists the parent of the run folders)",
-                     identity=False)
+    out: str = _flag(None, "run folder (runs/NAME; with comma lists the parent of the run folders)", identity=False)
     overwrite: bool = _flag(False, "start afresh in a folder that holds a run", identity=False)
     checkpoint: str = _flag(None, "with --stage eval: score this file, not the run's own", identity=False)
     train_limit: int = _flag(None, "about this many training images, before the long-tail draw", low=1)
     test_limit: int = _flag(None, "about this many test images", low=1)
-    examples: int = _flag(None, "evaluation: save this many images, clean and attacked, as a PNG grid", low=1,
-                          identity=False)
+    examples: int = _flag(None, "evaluated images to save, clean and attacked, as a PNG grid", low=1, identity=False)
     figures: str = _flag(None, "folder for figures of the table or the theory (needs matplotlib)", identity=False)
     debug: bool = _flag(False, "show tracebacks", identity=False)
-    runs: str = _flag(None, "run folders for --stage report, globs too (default: the run these flags name)",
-                      identity=False)
+    runs: str = _flag(None, "run folders for --stage report, globs too (the run these flags name)", identity=False)
     # fmt: on
 
 
 # What is fixed about a data set: classes, image side, classes in the tail group, its own defaults.
 # fmt: off
-COMMON = dict(arch="resnet18", alpha=40.0, epochs=100, batch_size=128, lr=0.1, beta=6.0,
-              weight_decay=5e-4, milestones="0.75,0.9", attacks="clean,pgd,aa")
+COMMON = dict(arch="resnet18", alpha=40.0, epochs=100, batch_size=128, lr=0.1, beta=6.0, weight_decay=5e-4,
+              milestones="0.75,0.9", attacks="clean,pgd,aa")
 SMALL = dict(arch="resnet8", alpha=10.0, epochs=12, teacher_epochs=8, batch_size=64, attacks="clean,pgd")
 DATASETS = {
     "cifar10":      (10, 32, 1, dict(ir=50.0)),
@@ -285,14 +268,13 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse_value(f, text):
     """One flag's text -> its value, or a tuple of values where the flag takes a comma list."""
-    many, values = f.metadata["many"], []
-    for part in METHODS if f.name == "method" and text == "all" else text.split(",") if many else [text]:
+    values = {}  # in order and without repeats: one run folder can only hold one run
+    for part in METHODS if f.name == "method" and text == "all" else text.split(",") if f.metadata["many"] else [text]:
         try:
-            values.append(f.type(part.strip()))
+            values[f.type(part.strip())] = None
         except ValueError:
             raise UserError(f"--{_dashed(f.name)} {part!r}: expected {f.type.__name__}") from None
-    values = tuple(dict.fromkeys(values))  # one run folder can only hold one run
-    return values[0] if len(values) == 1 else values
+    return tuple(values) if len(values) > 1 else next(iter(values))
 
 
 def _dashed(name):
@@ -306,23 +288,19 @@ def parse_args(argv=None) -> Config:
     """
     parser = _Parser("ltsd.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     for f in fields(Config):
-        meta = f.metadata
-        shown = f"{f.default:g}" if f.type is float and f.default is not None else f.default
-        default = "" if f.default in (None, False) else f" ({shown})"
-        text = meta["help"] + ("; a comma list makes a run each" if meta["many"] else "") + default
-        text = text.replace("%", "%%")
-        kind = dict(action="store_true") if f.type is bool else dict(metavar=f.type.__name__.upper())
-        if meta["choices"]:
-            kind = dict(metavar="{" + ",".join(meta["choices"]) + "}")
-        elif f.name == "method":
-            kind = dict(metavar="{" + ",".join(METHODS) + "}")
+        choices = METHODS if f.name == "method" else f.metadata["choices"]
+        shape = "{" + ",".join(choices) + "}" if choices else f.type.__name__.upper()
+        kind = dict(metavar=shape, type=functools.partial(_parse_value, f))
+        kind = dict(action="store_true") if f.type is bool else kind
+        text = f.metadata["help"] + "; a comma list makes a run each" * f.metadata["many"]
+        if f.default is not None and f.type is not bool:
+            text += f" ({f.default:g})" if f.type is float else f" ({f.default})"
         if f.name == "runs":
             parser.add_argument("runs", nargs="*", metavar="RUN", help=text)
         else:
             parser.add_argument("--" + _dashed(f.name), default=argparse.SUPPRESS, help=text, **kind)
-    given, by_name = vars(parser.parse_intermixed_args(argv)), {f.name: f for f in fields(Config)}
-    runs = tuple(given.pop("runs", ())) or None
-    cfg = Config(**{k: v if v is True else _parse_value(by_name[k], v) for k, v in given.items()}, runs=runs)
+    given = vars(parser.parse_intermixed_args(argv))
+    cfg = Config(**given | {"runs": tuple(given.get("runs", ())) or None})
     for one in expand(cfg):
         validate(one)
     return cfg
@@ -330,9 +308,8 @@ def parse_args(argv=None) -> Config:
 
 def expand(cfg) -> list:
     """The scalar Configs that a Config with comma lists stands for: their product."""
-    names = [f.name for f in fields(cfg) if f.metadata["many"] and isinstance(getattr(cfg, f.name), tuple)]
-    products = itertools.product(*(getattr(cfg, name) for name in names))
-    return [replace(cfg, **dict(zip(names, values, strict=True))) for values in products]
+    lists = {k: values for k, values in vars(cfg).items() if isinstance(values, tuple) and k != "runs"}
+    return [replace(cfg, **dict(zip(lists, values, strict=True))) for values in itertools.product(*lists.values())]
 
 
 def validate(cfg) -> None:
@@ -370,6 +347,10 @@ def validate(cfg) -> None:
             raise UserError(f"{flag}: goes with --stage {' or '.join(stages)} only")
 
 
+def _filled(cfg, values):
+    return replace(cfg, **{k: v for k, v in values.items() if getattr(cfg, k) is None})
+
+
 def resolve(cfg) -> Config:
     """Fill every None of a scalar Config with its default, and 'auto' with what this machine has."""
     _, size, _, defaults = DATASETS[cfg.data]
@@ -378,23 +359,20 @@ def resolve(cfg) -> Config:
         known = ", ".join(row.official_data) or "no data set"
         raise UserError(f"--official: {cfg.method} has published settings for {known}, not for {cfg.data}")
     published = row.official if cfg.official else {}
-    filled = {**COMMON, "image_size": size, "eval_eps": cfg.eps, **defaults, **published}
-    cfg = replace(cfg, **{k: v for k, v in filled.items() if getattr(cfg, k) is None})
+    cfg = _filled(cfg, COMMON | dict(image_size=size, eval_eps=cfg.eps) | defaults | published)
     full = cfg.teacher_data == "full"  # Figure 5's other teachers see all data, for as long as a student
     epochs, batch_size = (cfg.epochs, cfg.batch_size) if full else (30, 32)
-    filled = dict(teacher_epochs=epochs, teacher_batch_size=batch_size)
-    cfg = replace(cfg, **{k: v for k, v in filled.items() if getattr(cfg, k) is None})
+    cfg = _filled(cfg, dict(teacher_epochs=epochs, teacher_batch_size=batch_size))
     name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if WORLD > 1 and name.startswith("cuda"):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name!r}: choose auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices; try cpu")
+        gpus = {"cpu": math.inf, "cuda": torch.cuda.device_count()}[device.type]
+    except (RuntimeError, KeyError):
+        raise UserError(f"--device {name!r}: choose auto, cpu, cuda or cuda:N") from None
+    if (device.index or 0) >= gpus:
+        raise UserError(f"--device {name}: PyTorch sees {gpus} CUDA devices; try cpu")
     amp = best_precision(device) if cfg.amp == "auto" else cfg.amp
     stage, compiled = "distill" if cfg.stage == "train" else cfg.stage, best_compile(cfg.compile, device)
     if cfg.sync_bn and stage in ("all", "teacher", "distill") and (WORLD == 1 or device.type != "cuda"):
@@ -449,8 +427,7 @@ class Data:
 
     def to(self, device):
         """The same data with its four tensors on `device`."""
-        names = ("train_images", "train_labels", "test_images", "test_labels")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)})
 
 
 def long_tail_counts(n_max, num_classes, ir) -> list:
@@ -527,15 +504,13 @@ AUGMENT_OPS = {
 }
 # AutoAugment's CIFAR-10 policy: 25 pairs of "op probability level", level 0-9 (0 where the op has none).
 AUTOAUGMENT_CIFAR10 = """
-Invert .1 0 Contrast .2 6, Rotate .7 2 TranslateX .3 9, Sharpness .8 1 Sharpness .9 3,
-ShearY .5 8 TranslateY .7 9, AutoContrast .5 0 Equalize .9 0, ShearY .2 7 Posterize .3 7,
-Color .4 3 Brightness .6 7, Sharpness .3 9 Brightness .7 9, Equalize .6 0 Equalize .5 0,
-Contrast .6 7 Sharpness .6 5, Color .7 7 TranslateX .5 8, Equalize .3 0 AutoContrast .4 0,
-TranslateY .4 3 Sharpness .2 6, Brightness .9 6 Color .2 8, Solarize .5 2 Invert .0 0,
-Equalize .2 0 AutoContrast .6 0, Equalize .2 0 Equalize .6 0, Color .9 9 Equalize .6 0,
-AutoContrast .8 0 Solarize .2 8, Brightness .1 3 Color .7 0, Solarize .4 5 AutoContrast .9 0,
-TranslateY .9 9 TranslateY .7 9, AutoContrast .9 0 Solarize .8 3, Equalize .8 0 Invert .1 0,
-TranslateY .7 9 AutoContrast .9 0"""
+Invert .1 0 Contrast .2 6, Rotate .7 2 TranslateX .3 9, Sharpness .8 1 Sharpness .9 3, ShearY .5 8 TranslateY .7 9,
+AutoContrast .5 0 Equalize .9 0, ShearY .2 7 Posterize .3 7, Color .4 3 Brightness .6 7, Sharpness .3 9 Brightness .7 9,
+Equalize .6 0 Equalize .5 0, Contrast .6 7 Sharpness .6 5, Color .7 7 TranslateX .5 8, Equalize .3 0 AutoContrast .4 0,
+TranslateY .4 3 Sharpness .2 6, Brightness .9 6 Color .2 8, Solarize .5 2 Invert .0 0, Equalize .2 0 AutoContrast .6 0,
+Equalize .2 0 Equalize .6 0, Color .9 9 Equalize .6 0, AutoContrast .8 0 Solarize .2 8, Brightness .1 3 Color .7 0,
+Solarize .4 5 AutoContrast .9 0, TranslateY .9 9 TranslateY .7 9, AutoContrast .9 0 Solarize .8 3,
+Equalize .8 0 Invert .1 0, TranslateY .7 9 AutoContrast .9 0"""
 # fmt: on
 CROP_PADDING = 4
 AUGMENT_CHUNK = 8192  # images in flight; bounds the memory (equalize takes 8 bytes a value), not the result
@@ -638,12 +613,9 @@ def _fetching(path, md5):
         raise UserError(f"could not fetch {path.name} ({str(error)[:200]}): {remedy}") from error
 
 
-def load_cifar(name, data_dir, verify=True) -> Data:
-    """CIFAR-10 or -100 as published (python pickles), fetched into data_dir when absent; verify: check md5s."""
-    cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    if not verify:
-        strip = {key: [[file, None] for file, _ in getattr(cls, key)] for key in ("train_list", "test_list")}
-        cls = type(cls.__name__, (cls,), dict(strip, tgz_md5=None, meta={**cls.meta, "md5": None}))
+def load_cifar(name, data_dir) -> Data:
+    """CIFAR-10 or -100 as published (python pickles, md5s checked), fetched into data_dir when absent."""
+    cls = getattr(torchvision.datasets, name.upper())
     with _fetching(pathlib.Path(data_dir, cls.filename), cls.tgz_md5):
         parts = [cls(data_dir, train=train, download=True) for train in (True, False)]
     images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
@@ -655,14 +627,14 @@ TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
-def load_tinyimagenet(data_dir, verify=True) -> Data:
+def load_tinyimagenet(data_dir) -> Data:
     """Tiny-ImageNet read straight from the official zip (nothing is unpacked); classes are the sorted wnids.
 
     The test set is the official validation set, labelled by val_annotations.txt. Decoded tensors are cached.
     """
-    path, md5 = pathlib.Path(data_dir, "tiny-imagenet-200.zip"), TINY_MD5 if verify else None
-    with _fetching(path, md5):
-        download_url(TINY_URL, data_dir, path.name, md5)
+    path = pathlib.Path(data_dir, "tiny-imagenet-200.zip")
+    with _fetching(path, TINY_MD5):
+        download_url(TINY_URL, data_dir, path.name, TINY_MD5)
     state = [path.stat().st_size, path.stat().st_mtime_ns]
     return _cached(path.parent, "tiny-imagenet-200", state, lambda: _decode_tiny(path))
 
@@ -672,14 +644,13 @@ def _decode_tiny(path):
     try:
         with zipfile.ZipFile(path) as archive:
             names = sorted(n for n in archive.namelist() if n.lower().endswith(IMG_EXTENSIONS))
+            train = {n: n.split("/")[2] for n in names if n.startswith(root + "train/")}
+            classes = sorted(set(train.values()))
             lines = archive.read(root + "val/val_annotations.txt").decode().split("\n")
             pairs = [line.split("\t")[:2] for line in lines if "\t" in line]
             wnid = {f"{root}val/images/{file}": label for file, label in pairs}
-            wnid |= {n: n.split("/")[2] for n in names if n.startswith(root + "train/")}
-            classes = sorted({w for n, w in wnid.items() if n.startswith(root + "train/")})
-            named = [n for n in names if n in wnid]
-            parts = [[n for n in named if n.startswith(root + part)] for part in ("train/", "val/")]
-            labels = [torch.tensor([classes.index(wnid[n]) for n in part]) for part in parts]
+            parts = [train, {n: wnid[n] for n in names if n in wnid}]
+            labels = [torch.tensor([classes.index(label) for label in part.values()]) for part in parts]
             images = [_decode_all([(n, archive.read(n)) for n in part], 64) for part in parts]
     except (zipfile.BadZipFile, zlib.error, RuntimeError, KeyError, IndexError, ValueError) as error:
         raise UserError(f"{path} is not the Tiny-ImageNet archive ({error}): fetch it again") from error
@@ -706,24 +677,24 @@ def load_folder(data_dir, size) -> Data:
         raise UserError(f"the class folders of {folders[0]} and {folders[1]} differ: {odd}")
     if len(names[0]) < 2:
         raise UserError(f"{folders[0]} has {len(names[0])} class folder(s): a classifier needs at least 2")
-    index = {name: i for i, name in enumerate(names[0])}
-    files = [make_dataset(str(d), index, IMG_EXTENSIONS, allow_empty=True) for d in folders]
-    files = [[(name, label) for name, label in part if os.path.basename(name)[0] != "."] for part in files]
-    for folder, part in zip(folders, files, strict=True):
-        empty = set(names[0]) - {names[0][label] for _, label in part}
+    index, parts = {name: i for i, name in enumerate(names[0])}, []
+    for folder in map(str, folders):
+        found = make_dataset(folder, index, IMG_EXTENSIONS, allow_empty=True)
+        parts.append([(path, label) for path, label in found if os.sep + "." not in path[len(folder) :]])
+        empty = index.keys() - {names[0][label] for _, label in parts[-1]}
         if empty:
-            known = " ".join(IMG_EXTENSIONS)
-            raise UserError(f"{folder / min(empty)} holds no image ({known}): add some, or remove the class everywhere")
-    order = np.argsort(-np.bincount([label for _, label in files[0]]), kind="stable")
+            known, empty = " ".join(IMG_EXTENSIONS), os.path.join(folder, min(empty))
+            raise UserError(f"{empty} holds no image ({known}): add some, or remove the class everywhere")
+    order = np.argsort(-np.bincount([label for _, label in parts[0]]), kind="stable")
     rank = np.argsort(order)
 
     def decode():
-        images = [_decode_all([(name, None) for name, _ in part], size) for part in files]
-        labels = [torch.tensor([int(rank[label]) for _, label in part]) for part in files]
+        images = [_decode_all([(path, None) for path, _ in part], size) for part in parts]
+        labels = [torch.from_numpy(rank[[label for _, label in part]]) for part in parts]
         return Data(images[0], labels[0], images[1], labels[1], [names[0][i] for i in order])
 
-    stats = [(name, os.stat(name)) for part in files for name, _ in part]
-    return _cached(root, f"folder-{size}", [(n, s.st_size, s.st_mtime_ns) for n, s in stats], decode)
+    stats = [(path, os.stat(path)) for part in parts for path, _ in part]
+    return _cached(root, f"folder-{size}", [(path, s.st_size, s.st_mtime_ns) for path, s in stats], decode)
 
 
 def _decode_all(sources, size):
@@ -738,12 +709,8 @@ def _decode_all(sources, size):
                     raise ValueError("float pixels have no fixed range; save it with 8 or 16 bits")
                 if image.mode.startswith("I"):  # 16-bit grey: keep the high byte
                     image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-                image = image.convert("RGB")
-                if image.size != (size, size):
-                    side = min(image.size)  # cut before scaling: a long strip would fill the memory
-                    left, top = ((whole - side) / 2 for whole in image.size)
-                    image = image.resize((size, size), Image.BILINEAR, (left, top, left + side, top + side))
-                out[i] = np.asarray(image)
+                # fit cuts before it scales: a long strip does not fill the memory
+                out[i] = np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR))
         except Exception as error:  # PIL raises many kinds; what the user needs is the file's name
             raise UserError(f"{name} is not a readable image ({error}): remove or replace it") from error
 
@@ -769,8 +736,7 @@ def _cached(folder, name, state, build):
     for path in places:
         with contextlib.suppress(OSError, UserError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            content = {"key": key, **{f.name: getattr(data, f.name) for f in fields(data)}}
-            write_atomic(path, content, unique=os.getpid())
+            write_atomic(path, {"key": key, **vars(data)}, unique=os.getpid())
             break
     return data
 
@@ -841,11 +807,11 @@ def load_data(cfg) -> Data:
 
 def _largest_profile(available, ir):
     """The long-tail counts with the largest n_max that every class can fill."""
-    n_max = int(available[0])
     try:
-        while np.any(long_tail_counts(n_max, len(available), ir) > available):
-            n_max -= 1
-        return long_tail_counts(n_max, len(available), ir)
+        for n_max in itertools.count(int(available[0]), -1):  # at 0 at the latest there is a ValueError
+            counts = long_tail_counts(n_max, len(available), ir)
+            if np.all(counts <= available):
+                return counts
     except ValueError as error:
         raise UserError(f"--ir {ir:g}: {error}") from None
 
@@ -859,6 +825,13 @@ def _largest_profile(available, ir):
 
 def _conv(cin, cout, side, stride=1):
     return nn.Conv2d(cin, cout, side, stride, side // 2, bias=False)
+
+
+def _register(parent, path, module):
+    """Give `parent` a submodule under the path "name" or "name.inner" of its parameters; returns the submodule."""
+    name, _, inner = path.partition(".")
+    parent.add_module(name, nn.ModuleDict({inner: module}) if inner else module)
+    return module
 
 
 class BasicBlock(nn.Module):
@@ -884,23 +857,18 @@ class PreActBlock(nn.Module):
     Where the shape changes, the shortcut is a bare 1x1 convolution of the activated input.
     """
 
-    folds = (("conv1", "bn2"),)
-    projection = "shortcut"
+    folds, projection = (("conv1", "bn2"),), "shortcut.0"
 
     def __init__(self, cin, cout, stride):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(cin), _conv(cin, cout, 3, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(cout), _conv(cout, cout, 3)
-        if stride != 1 or cin != cout:
-            self.add_module(self.projection, self.make_projection(cin, cout, stride))
-
-    def make_projection(self, cin, cout, stride):
-        return nn.Sequential(_conv(cin, cout, 1, stride))
+        same = stride == 1 and cin == cout
+        self.project = () if same else (_register(self, self.projection, _conv(cin, cout, 1, stride)),)
 
     def forward(self, x):
         out = F.relu(self.bn1(x))
-        project = getattr(self, self.projection, None)
-        shortcut = x if project is None else project(out)
+        shortcut = self.project[0](out) if self.project else x
         return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
 
 
@@ -909,17 +877,14 @@ class WideBlock(PreActBlock):
 
     projection = "convShortcut"
 
-    def make_projection(self, cin, cout, stride):
-        return _conv(cin, cout, 1, stride)
-
 
 class CosineHead(nn.Module):
     """RoBal's classifier: scale * <f/|f|, w_c/(|w_c| + offset)> - prior_c, scale 1 and prior 0 while training."""
 
-    def __init__(self, width, num_classes, offset):
+    def __init__(self, width, num_classes):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_classes, width).uniform_(-(width**-0.5), width**-0.5))
-        self.offset, self.scale = offset, 1.0
+        self.offset, self.scale = 1 / 32 if num_classes <= 10 else 1 / 16, 1.0  # RoBal-R's two settings
         self.register_buffer("prior", torch.zeros(num_classes), persistent=False)
 
     def forward(self, features):
@@ -930,28 +895,26 @@ class CosineHead(nn.Module):
 class Net(nn.Module):
     """3x3 stem, stages of blocks, global average pool, head: images float [N,3,H,W] in [0,1] -> float32 logits.
 
-    stem: its channels; stages: (channels, blocks, stride) each; stage: their name; norms: names of the batch norm after
-    the stem and of the one before the pool, or None; head: (name, module for a given width). Pool and head are float32
-    whatever the convolutions are: with bf16 logits many samples would get no gradient at all.
+    stem: its channels; blocks: of each stage; widths: channels of the stages, all but the first of which halve the
+    image; stage: their name; norms: names of the batch norm after the stem and of the one before the pool, or None;
+    head_name, head: name and class of the head. Pool and head are float32 whatever the convolutions are: with bf16
+    logits many samples would get no gradient at all.
     """
 
-    def __init__(self, block, stem, stages, stage, norms, head):
+    def __init__(self, block, stem, blocks, widths, stage, norms, head_name, head, num_classes):
         super().__init__()
-        self.conv1, self.stem_norm, self.last_norm, self.head_name = _conv(3, stem, 3), *norms, head[0]
+        self.conv1, self.stem_norm, self.last_norm, self.head_name = _conv(3, stem, 3), *norms, head_name
         self.folds = (("conv1", self.stem_norm),) if self.stem_norm else ()
         if self.stem_norm:
             self.add_module(self.stem_norm, nn.BatchNorm2d(stem))
-        width, body = stem, []
-        for i, (channels, blocks, stride) in enumerate(stages, 1):
-            made = [block(width if j == 0 else channels, channels, 1 if j else stride) for j in range(blocks)]
-            body.append(nn.Sequential(*made))
-            name, _, inner = stage.format(i).partition(".")
-            self.add_module(name, nn.ModuleDict({inner: body[-1]}) if inner else body[-1])
+        self.body, width = (), stem  # the stages, which are registered under their public names
+        for i, channels in enumerate(widths, 1):
+            made = [block(channels if j else width, channels, 2 if i > 1 and j == 0 else 1) for j in range(blocks)]
+            self.body += (_register(self, stage.format(i), nn.Sequential(*made)),)
             width = channels
-        self.body = tuple(body)  # registered above, under the public names
         if self.last_norm:
             self.add_module(self.last_norm, nn.BatchNorm2d(width))
-        self.add_module(self.head_name, head[1](width))
+        self.add_module(head_name, head(width, num_classes))
 
     @property
     def head(self):
@@ -966,23 +929,18 @@ class Net(nn.Module):
             out = stage(out)
         if self.last_norm:
             out = F.relu(getattr(self, self.last_norm)(out))
-        wide = torch.float64 if out.dtype == torch.float64 else torch.float32
-        features = out.mean((2, 3), dtype=wide)
+        features = out.mean((2, 3), dtype=torch.promote_types(out.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
             logits = self.head(features)
         return (logits, features) if with_features else logits
 
 
-def _stages(blocks, *widths):
-    return [(width, blocks, 2 if i else 1) for i, width in enumerate(widths)]
-
-
 # fmt: off
-ARCHS = {  # block, stem, stages, name of a stage, names of the first and last batch norm, name of the head
-    "resnet18":       (BasicBlock, 64, _stages(2, 64, 128, 256, 512), "layer{}", ("bn1", None), "linear"),
-    "preactresnet18": (PreActBlock, 64, _stages(2, 64, 128, 256, 512), "layer{}", (None, "bn"), "linear"),
-    "wrn34-10":       (WideBlock, 16, _stages(5, 160, 320, 640), "block{}.layer", (None, "bn1"), "fc"),
-    "resnet8":        (BasicBlock, 16, _stages(1, 16, 32, 64), "layer{}", ("bn1", None), "linear"),
+ARCHS = {  # block, stem, blocks, widths, name of a stage, names of the first and last batch norm, name of the head
+    "resnet18":       (BasicBlock, 64, 2, (64, 128, 256, 512), "layer{}", ("bn1", None), "linear"),
+    "preactresnet18": (PreActBlock, 64, 2, (64, 128, 256, 512), "layer{}", (None, "bn"), "linear"),
+    "wrn34-10":       (WideBlock, 16, 5, (160, 320, 640), "block{}.layer", (None, "bn1"), "fc"),
+    "resnet8":        (BasicBlock, 16, 1, (16, 32, 64), "layer{}", ("bn1", None), "linear"),
 }
 # fmt: on
 
@@ -995,15 +953,11 @@ def build_model(arch, num_classes, head="linear") -> nn.Module:
     """
     if arch not in ARCHS or head not in ("linear", "cosine") or num_classes < 2:
         raise ValueError(f"no {arch!r} with {head!r} head, {num_classes} classes; arch: {', '.join(ARCHS)}")
-    *body, name = ARCHS[arch]
-    offset = 1 / 32 if num_classes <= 10 else 1 / 16  # RoBal-R's two settings
-    make = nn.Linear if head == "linear" else lambda width, classes: CosineHead(width, classes, offset)
-    net = Net(*body, (name, lambda width: make(width, num_classes)))
+    net = Net(*ARCHS[arch], nn.Linear if head == "linear" else CosineHead, num_classes)
     if arch.startswith("wrn"):  # as published; the others keep PyTorch's initialisation
         for module in net.modules():
             if isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] ** 2 * module.out_channels
-                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
     return net.to(memory_format=torch.channels_last)
