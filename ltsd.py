@@ -1962,6 +1962,7 @@ def hms(seconds):
 # ends is refilled at once, so the batch stays full until the jobs run out; then it shrinks.
 
 AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
+FLOATS = (torch.float32, torch.float64)
 
 
 # Every random draw is a hash of (seed, attack, point, target, iteration, number): it depends neither on the
@@ -1976,8 +1977,7 @@ def hash64(z):
 
 def random_bits(key, count):
     """int64 [N] keys -> int64 [N, count] independent words."""
-    odd = -0x61C8864680B583EB  # splitmix64's increment
-    counter = torch.arange(1, count + 1, device=key.device) * odd
+    counter = torch.arange(1, count + 1, device=key.device) * -0x61C8864680B583EB  # splitmix64's increment
     return hash64(hash64(key)[:, None] + counter)
 
 
@@ -1987,8 +1987,14 @@ def random_below(words, bound):
 
 
 def image_like(rows, x):
-    """[N] -> [N, 1, 1, 1] to broadcast against x."""
+    """[N] -> [N, 1, 1, 1] to broadcast against x, or [N] where x is [N]."""
     return rows.view(-1, *[1] * (x.dim() - 1))
+
+
+def replace_rows(lane, rows, **new):
+    """lane[name][i] = new[name][i], in new tensors, for the rows i that the bool [N] `rows` marks."""
+    for name, value in new.items():
+        lane[name] = torch.where(image_like(rows, value), value, lane[name])
 
 
 def is_fooled(logits, y):
@@ -2036,47 +2042,36 @@ class APGD:
 
     def __init__(self, nets, eps, iterations, loss, targets=1):
         self.ascend, self.exact = nets
-        self.eps, self.iterations, self.loss, self.targets = eps, iterations, loss, targets
-        self.evaluations = iterations + 1
+        self.eps, self.loss, self.targets, self.evaluations = eps, loss, targets, iterations + 1
         # Interval to the first checkpoint, by how much intervals shrink, the least one; in iterations.
         self.first, self.shrink, self.least = (max(int(p * iterations), 1) for p in (0.22, 0.03, 0.06))
 
     def start(self, lane):
-        x0, n = lane["x0"], len(lane["x0"])
+        x0 = lane["x0"]
         noise = (random_bits(lane["key"], x0[0].numel()) >> 40 & 0xFFFFFF).to(x0.dtype) * 2**-23 - 1
         noise /= noise.abs().amax(1, keepdim=True) + 1e-12  # at least one pixel on the face of the ball
-        row = x0.new_zeros(n)
-        lane["low"], lane["high"] = (x0 - self.eps).clamp_(min=0), (x0 + self.eps).clamp_(max=1)
-        lane["z"] = (x0 + self.eps * noise.view(x0.shape)).clamp_(0, 1)
-        lane["before"], lane["best"] = lane["z"].clone(), lane["z"].clone()
-        lane["best_gradient"] = torch.zeros_like(x0)
-        lane |= {"best_loss": row - math.inf, "last_loss": row + math.inf, "loss_at_check": row.clone()}
-        lane |= {"rises": row.clone(), "size": row + 2 * self.eps, "halved": row == 0}
-        lane["interval"] = torch.full_like(lane["y"], self.first)
-        lane["check"] = lane["interval"].clone()
+        z, row = (x0 + self.eps * noise.view(x0.shape)).clamp_(0, 1), x0.new_zeros(len(x0))
+        lane |= {"low": (x0 - self.eps).clamp_(min=0), "high": (x0 + self.eps).clamp_(max=1)}
+        lane |= {"z": z, "before": z, "best": z, "best_gradient": torch.zeros_like(x0)}
+        lane |= {"best_loss": row - math.inf, "last_loss": row + math.inf, "loss_at_check": row}
+        lane |= {"rises": row, "size": row + 2 * self.eps, "halved": row == 0}
+        lane["interval"] = lane["check"] = torch.full_like(lane["y"], self.first)
 
     def advance(self, lane):
         """Score lane["z"], then move it. -> (scored images, which fool, which are used up)."""
         z, step = lane["z"], lane["step"]
         logits, loss, gradient = input_gradient(self.ascend, z, lambda logits: self.loss(logits, lane))
-        better = loss > lane["best_loss"]
-        lane["best_loss"] = torch.where(better, loss, lane["best_loss"])
-        lane["best"] = torch.where(image_like(better, z), z, lane["best"])
-        lane["best_gradient"] = torch.where(image_like(better, z), gradient, lane["best_gradient"])
-        lane["rises"] += loss > lane["last_loss"]
-        lane["last_loss"] = loss
+        replace_rows(lane, loss > lane["best_loss"], best_loss=loss, best=z, best_gradient=gradient)
+        lane["rises"], lane["last_loss"] = lane["rises"] + (loss > lane["last_loss"]), loss
 
         # Halve where too few steps rose, or the best loss stood still since a checkpoint that did not halve.
         checked = step == lane["check"]
         stuck = ~lane["halved"] & (lane["loss_at_check"] >= lane["best_loss"])
         halve = checked & ((lane["rises"] <= 0.75 * lane["interval"]) | stuck)
-        lane["halved"] = torch.where(checked, halve, lane["halved"])
-        lane["loss_at_check"] = torch.where(checked, lane["best_loss"], lane["loss_at_check"])
-        lane["rises"].masked_fill_(checked, 0)
-        lane["size"] = torch.where(halve, lane["size"] / 2, lane["size"])
-        shorter = (lane["interval"] - self.shrink).clamp_(min=self.least)
-        lane["interval"] = torch.where(checked, shorter, lane["interval"])
-        lane["check"] += checked * lane["interval"]
+        interval = (lane["interval"] - self.shrink).clamp_(min=self.least)
+        replace_rows(lane, checked, halved=halve, loss_at_check=lane["best_loss"], rises=torch.zeros_like(loss))
+        replace_rows(lane, checked, interval=interval, check=step + interval)
+        replace_rows(lane, halve, size=lane["size"] / 2)
         here = torch.where(image_like(halve, z), lane["best"], z)
         gradient = torch.where(image_like(halve, z), lane["best_gradient"], gradient)
 
@@ -2084,8 +2079,7 @@ class APGD:
         aim = aim.clamp_(lane["low"], lane["high"])
         pull = image_like(torch.where(step > 0, 0.75, 1.0).to(z.dtype), z)  # the first step has no momentum
         moved = here + pull * (aim - here) + (1 - pull) * (here - lane["before"])
-        lane["before"], lane["z"] = here, moved.clamp_(lane["low"], lane["high"])
-        lane["step"] = step + 1
+        lane |= {"before": here, "z": moved.clamp_(lane["low"], lane["high"]), "step": step + 1}
         return z, is_fooled(logits, lane["y"]), lane["step"] >= self.evaluations
 
 
@@ -2119,8 +2113,7 @@ class FAB:
 
     def __init__(self, nets, eps, iterations, targets):
         self.ascend = self.exact = nets[1]
-        self.eps, self.iterations, self.targets = eps, iterations, targets
-        self.evaluations = iterations
+        self.eps, self.targets, self.evaluations = eps, targets, iterations
 
     def start(self, lane):
         lane["z"] = lane["x0"].clone()
@@ -2155,66 +2148,61 @@ class Square:
     def start(self, lane):
         x0 = lane["x0"]
         n, channels, height, width = x0.shape
-        lane["low"], lane["high"] = (x0 - self.eps).clamp_(min=0), (x0 + self.eps).clamp_(max=1)
+        low, high = (x0 - self.eps).clamp_(min=0), (x0 + self.eps).clamp_(max=1)
         stripes = random_bits(lane["key"], channels * width).view(n, channels, 1, width) < 0
-        lane["z"] = torch.where(stripes, lane["low"], lane["high"])
-        lane["best"], lane["margin"] = x0.clone(), x0.new_full((n,), math.inf)
-        shares = [self.P_INIT / 2**k for k in range(len(self.HALVE_AFTER) + 1)]
-        sides = [min(max(round(math.sqrt(p * height * width)), 1), height, width) for p in shares]
-        self.sides = torch.tensor(sides, device=x0.device)
-        self.halve_after = torch.tensor(self.HALVE_AFTER, device=x0.device)
+        lane |= {"low": low, "high": high, "z": torch.where(stripes, low, high)}
+        lane |= {"best": x0, "margin": x0.new_full((n,), math.inf)}
+        halvings = torch.bucketize(torch.arange(self.evaluations), torch.tensor(self.HALVE_AFTER))
+        sides = (self.P_INIT * height * width / 2 ** halvings.double()).sqrt().round()  # at each step
+        self.sides = sides.clamp(1, min(height, width)).long().to(x0.device)
 
     def advance(self, lane):
-        z, scored = lane["z"], lane["z"]
+        """As APGD's."""
+        z = lane["z"]
         logits = self.exact(z)
         value = margin(logits, lane["y"])
-        better = value < lane["margin"]
-        lane["margin"] = torch.where(better, value, lane["margin"])
-        lane["best"] = torch.where(image_like(better, z), z, lane["best"])
-        lane["z"] = self.propose(lane)
-        lane["step"] = lane["step"] + 1
-        return scored, is_fooled(logits, lane["y"]), lane["step"] >= self.evaluations
+        replace_rows(lane, value < lane["margin"], margin=value, best=z)
+        lane |= {"z": self.propose(lane), "step": lane["step"] + 1}
+        return z, is_fooled(logits, lane["y"]), lane["step"] >= self.evaluations
 
     def propose(self, lane):
         """The best image with one square recoloured, each channel to one of its two bounds: from the stripes on, every
         pixel lies on a bound, where adding +-2 eps and projecting means just that."""
-        best, step = lane["best"], lane["step"]
-        _, channels, height, width = best.shape
-        side = self.sides[torch.bucketize(step, self.halve_after)]
-        words = random_bits(lane["key"] + step + 1, channels + 2)
-        inside = []
-        for axis, length in ((0, height), (1, width)):
+        _, channels, height, width = lane["best"].shape
+        side = self.sides[lane["step"]]
+        words = random_bits(lane["key"] + lane["step"] + 1, channels + 2)
+
+        def inside(word, length):
             # Places 0 to length - side - 1, as in the official code: the last row and column stay out.
             # With all places (the paper's) Square is stronger, by 14 points on 12x12 images.
-            first = random_below(words[:, axis], (length - side).clamp_(min=1))[:, None]
-            place = torch.arange(length, device=best.device)
-            inside.append((place >= first) & (place < first + side[:, None]))
-        square = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+            first = random_below(word, (length - side).clamp_(min=1))[:, None]
+            place = torch.arange(length, device=word.device)
+            return (place >= first) & (place < first + side[:, None])
+
+        square = inside(words[:, 0], height)[:, None, :, None] & inside(words[:, 1], width)[:, None, None, :]
         colour = torch.where(words[:, 2:, None, None] < 0, lane["low"], lane["high"])
-        return torch.where(square, colour, best)
+        return torch.where(square, colour, lane["best"])
 
 
-def confirm(attack, lane, scored, flags):
+def confirm(attack, lane, scored, claims, used_up):
     """-> bool [lanes], which are fooled: a low-precision ascent only claims, `exact` decides. A lane ending without
     success gets one more exact look, at its best point, which then replaces `scored`."""
-    fooled = np.zeros(len(flags), bool)
-    for look_at_best in (False, True):
-        asked = (flags >= 2) & ~fooled if look_at_best else (flags & 1) > 0
-        slots = torch.as_tensor(np.flatnonzero(asked), device=scored.device)
+    fooled = np.zeros_like(claims)
+    for images, asked in ((scored, claims), (lane["best"], used_up)):
+        slots = torch.as_tensor(np.flatnonzero(asked & ~fooled), device=scored.device)
         if len(slots):
-            images = (lane["best"] if look_at_best else scored)[slots]
-            verdict = is_fooled(attack.exact(images), lane["y"][slots])
-            scored[slots[verdict]] = images[verdict]
-            fooled[asked] |= verdict.cpu().numpy()
+            hits = slots[is_fooled(attack.exact(images[slots]), lane["y"][slots])]
+            scored[hits] = images[hits]
+            fooled[hits.cpu().numpy()] = True
     return fooled
 
 
 def run_lanes(attack, rows, make_lane, batch_size, progress):
     """Run an attack on rows: all against their first target, those still robust against the second, ... Yields (row
-    numbers, adversarial images) as they are found."""
+    numbers, adversarial images) as they are found. progress: called with the share of the work that is left."""
     queue = deque((row, 0) for row in rows)
     jobs, lane, tick = [], {}, 0  # jobs[i] of lane i: row, rank of its target, first tick
-    left = len(queue) * attack.targets * attack.evaluations  # lane iterations still to do, at most
+    total = left = len(queue) * attack.targets * attack.evaluations  # lane iterations still to do, at most
     while queue or jobs:
         fresh = [queue.popleft() for _ in range(min(len(queue), batch_size - len(jobs)))]
         if fresh:
@@ -2224,21 +2212,20 @@ def run_lanes(attack, rows, make_lane, batch_size, progress):
             jobs += [(row, rank, tick) for row, rank in fresh]
         left, tick = left - len(jobs), tick + 1
         scored, claims, used_up = attack.advance(lane)
-        flags = (claims + 2 * used_up.int()).cpu().numpy()  # waits for the device
-        fooled = (flags & 1) > 0 if attack.ascend is attack.exact else confirm(attack, lane, scored, flags)
-        ended = fooled | (flags >= 2)
+        claims, used_up = torch.stack([claims, used_up]).cpu().numpy()  # waits for the device
+        fooled = claims if attack.ascend is attack.exact else confirm(attack, lane, scored, claims, used_up)
+        ended = fooled | used_up
         if fooled.any():
-            hits = [jobs[slot] for slot in np.flatnonzero(fooled)]
-            spared = [(attack.targets - rank) * attack.evaluations - tick + first for _, rank, first in hits]
-            left -= sum(spared)
+            hits = list(itertools.compress(jobs, fooled))
+            left -= sum((attack.targets - rank) * attack.evaluations - tick + first for _, rank, first in hits)
             yield [row for row, _, _ in hits], scored[torch.as_tensor(fooled, device=scored.device)]
         if ended.any():
-            survivors = [jobs[slot][:2] for slot in np.flatnonzero(ended & ~fooled)]
-            queue.extend((row, rank + 1) for row, rank in survivors if rank + 1 < attack.targets)
-            jobs = [jobs[slot] for slot in np.flatnonzero(~ended)]
+            survivors = itertools.compress(jobs, ended & ~fooled)
+            queue.extend((row, rank + 1) for row, rank, _ in survivors if rank + 1 < attack.targets)
+            jobs = list(itertools.compress(jobs, ~ended))
             keep = torch.as_tensor(np.flatnonzero(~ended), device=scored.device)
             lane = {name: tensor.index_select(0, keep) for name, tensor in lane.items()}
-        progress(left)
+        progress(left / total)
 
 
 class Points:
@@ -2267,9 +2254,6 @@ class Points:
         rows, ranks, key = (t.to(self.y.device) for t in (rows, ranks, key))
         lane = {"key": key, "step": torch.zeros_like(rows), "x0": self.x[rows], "y": self.y[rows]}
         return lane | {"target": self.order[rows, ranks + 1]}
-
-
-FLOATS = (torch.float32, torch.float64)
 
 
 def _in_batches(net, x, batch_size):
@@ -2313,20 +2297,17 @@ def _make_attack(name, nets, eps, budget, classes, log):
 def _run_attack(name, attack, points, number):
     """Attack the rows still robust. -> the fooled: {"rows" int64 [k], "images" [k,C,H,W], "seconds"}."""
     began, rows, images = time.monotonic(), [], [points.x[:0]]
-    todo = points.robust.nonzero()[:, 0].tolist()
-    total, shown = len(todo) * attack.targets * attack.evaluations, began
+    shown = began
 
     def progress(left):
         nonlocal shown
         now = time.monotonic()
-        if sys.stderr.isatty() and not RANK and now - shown > 0.5:
-            shown, eta = now, hms((now - began) * left / max(total - left, 1))
-            text = f"{name} {100 - 100 * left / max(total, 1):.0f} %  ETA {eta}" if left else ""
+        if sys.stderr.isatty() and not RANK and (now - shown > 0.5 or not left):
+            shown, eta = now, hms((now - began) * left / (1 - left))
+            text = f"{name} {100 - 100 * left:.0f} %  ETA {eta}" if left else ""
             print(f"{text:<79}", end="\r", file=sys.stderr, flush=True)
 
-    def lane(jobs):
-        return points.lane(jobs, number)
-
+    todo, lane = points.robust.nonzero()[:, 0].tolist(), functools.partial(points.lane, number=number)
     for fooled, found in run_lanes(attack, todo, lane, points.batch_size, progress):
         rows += fooled
         images.append(found)

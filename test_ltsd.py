@@ -1732,6 +1732,18 @@ def test_lanes_are_refilled(batch_size):
         assert set(attack.widths[: 80 // batch_size // 2]) == {batch_size}  # full while there are jobs
 
 
+def test_the_progress_line_is_wiped_at_the_end(net, monkeypatch, capsys):
+    x, y = task(12, 10, 3)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    clock = itertools.count(step=0.3)  # every second look comes too early for another line
+    monkeypatch.setattr(ltsd.time, "monotonic", lambda: next(clock))
+    for queries in (5, 6):
+        ltsd.autoattack(net, x, y, eps=EPS, attacks=("square",), queries=queries)
+        *shown, last, after = capsys.readouterr().err.split("\r")
+        assert any(re.match(r"square \d+ %  ETA \d+ s ", line) for line in shown)
+        assert last == " " * 79 and after == ""
+
+
 def test_result_does_not_depend_on_the_batch_size(net):
     x, y = task(40, 10, 3)
     x, double = x.double(), small_net(10).double()
