@@ -2116,9 +2116,10 @@ class FAB:
         self.eps, self.targets, self.evaluations = eps, targets, iterations
 
     def start(self, lane):
-        lane["z"] = lane["x0"].clone()
+        lane["z"] = lane["x0"]
 
     def advance(self, lane):
+        """As APGD's."""
         x0, z, n = lane["x0"], lane["z"], len(lane["z"])
         _, gap, gradient = input_gradient(self.exact, z, lambda logits: logit_gap(logits, lane))
         w = gradient.flatten(1)
@@ -2353,14 +2354,14 @@ def autoattack(
     z_target - z_y, as DLR needs 4. ValueError for bad input, RuntimeError when the final audit fails.
     """
     check_images(x, y, FLOATS)
+    budget = (iterations, queries, targets)
     known = bool(attacks) and sorted(attacks) == sorted(set(attacks) & set(AUTOATTACK))
-    if not 0 <= eps <= 1 or batch_size < 1 or not known:
-        given = f"eps {eps}, batch_size {batch_size}, attacks {attacks}"
-        raise ValueError(f"{given}: want eps in [0,1], batch_size >= 1, each attack one of {AUTOATTACK}")
+    if not 0 <= eps <= 1 or min(batch_size, *budget) < 1 or not known:
+        given = f"eps {eps}, batch_size {batch_size}, iterations, queries, targets {budget}, attacks {attacks}"
+        raise ValueError(f"{given}: want eps in [0,1], counts >= 1, each attack one of {AUTOATTACK}")
     if index is not None and (index.shape != y.shape or index.dtype != torch.int64):
         raise ValueError(f"index must be int64 [{len(x)}], got {index.dtype} {list(index.shape)}")
     x, x_adv, log = x.detach(), x.detach().clone(), log or (lambda line: None)
-    budget = (iterations, queries, targets)
     if not len(x):
         return x_adv
     exact = FrozenCopy(model, next(model.parameters()).dtype) if isinstance(model, Net) else model
@@ -2417,13 +2418,11 @@ def evaluate(
         raise ValueError(f"images must be uint8 [N,3,H,W] with N > 0 labels, got {shape}")
     if isinstance(attacks, str) or not set(attacks) <= set(ATTACKS):
         raise ValueError(f"attacks {attacks!r}: want a sequence from {ATTACKS}")
-    if nets is None:
-        exact = FrozenCopy(model) if isinstance(model, Net) else model
-        low = isinstance(model, Net) and amp != "off"
-        nets = (FrozenCopy(model, AMP_DTYPE[amp]) if low else exact, exact)
-    fast, exact = nets
+    fast, exact = nets or (model, model)
+    if nets is None and isinstance(model, Net):
+        exact = FrozenCopy(model)
+        fast = exact if amp == "off" else FrozenCopy(model, AMP_DTYPE[amp])
     correct = {name: torch.zeros(len(labels), dtype=torch.bool, device=labels.device) for name in attacks}
-    adversarial = torch.empty(0)
     if "aa" in attacks:
         mine = torch.arange(len(labels), device=labels.device)
         mine = mine[mine // batch_size % WORLD == RANK]
@@ -2431,15 +2430,14 @@ def evaluate(
         adversarial = to_float(images_u8)
         adversarial[mine] = autoattack(exact, to_float(images_u8[mine]), labels[mine], **options)
     with eval_mode(exact), torch.no_grad():
-        for i, start in list(enumerate(range(0, len(labels), batch_size)))[RANK::WORLD]:
-            part = slice(start, start + batch_size)
+        for i in range(RANK, math.ceil(len(labels) / batch_size), WORLD):
+            part = slice(i * batch_size, (i + 1) * batch_size)
             x, y = to_float(images_u8[part]), labels[part]
             generator = torch.Generator(x.device).manual_seed(derive_seed(seed, "evaluation", i))
             for name in attacks:
                 x_adv = adversarial[part] if name == "aa" else x
                 if name == "pgd":
-                    threat = dict(eps=eps, step_size=step_size, steps=steps, generator=generator)
-                    x_adv = pgd_attack(fast, x, y, **threat)
+                    x_adv = pgd_attack(fast, x, y, eps=eps, step_size=step_size, steps=steps, generator=generator)
                 with ieee_float32():
                     correct[name][part] = exact(x_adv).argmax(1) == y
     correct = {name: torch.stack(gather(flags.cpu())).any(0) for name, flags in correct.items()}
@@ -2467,12 +2465,12 @@ def _metrics(name, flags, labels, tail):
     labels, flags = labels.cpu().numpy(), flags.cpu().numpy()
     counts, hits = np.bincount(labels), np.bincount(labels, flags)
     per_class = 100 * hits / counts.clip(1)
-    out = {name: 100 * hits.sum() / counts.sum(), f"class_{name}": [round(float(v), 4) for v in per_class]}
+    out = {name: float(100 * hits.sum() / counts.sum()), f"class_{name}": [round(v, 4) for v in per_class.tolist()]}
     tail = [c for c in tail if c < len(counts)]
-    out[f"tail_{name}"] = 100 * hits[tail].sum() / counts[tail].sum() if counts[tail].sum() else None
+    out[f"tail_{name}"] = float(100 * hits[tail].sum() / counts[tail].sum()) if counts[tail].any() else None
     if len(set(counts.tolist())) > 1:
-        out[f"balanced_{name}"] = per_class[counts > 0].mean()
-    return {k: float(v) if isinstance(v, np.floating) else v for k, v in out.items()}
+        out[f"balanced_{name}"] = float(per_class[counts > 0].mean())
+    return out
 
 
 # ==========================================================================================================

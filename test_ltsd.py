@@ -1849,7 +1849,9 @@ BAD = [
     ({"attacks": ("pgd",)}, "pgd"),
     ({"attacks": ()}, "each attack"),
     ({"attacks": ("square", "square")}, "each attack"),
-    ({"batch_size": 0}, "0"),
+    ({"batch_size": 0}, "batch_size 0"),
+    ({"iterations": 0}, r"\(0, 5000, 9\)"),
+    ({"targets": 0}, "counts >= 1"),
     ({"index": torch.zeros(3, dtype=torch.int64)}, "index"),
 ]
 
