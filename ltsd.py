@@ -1957,9 +1957,10 @@ def hms(seconds):
 # 9  AutoAttack
 # ==========================================================================================================
 # Own code from the papers: arXiv 2003.01690 (APGD), 1907.02044 (FAB), 1912.00049 (Square); maximum norm only.
-# An attack is a small class with start(lane) and advance(lane); run_lanes() owns the batch. A lane is one job
-# (point, target): row i of every tensor in the dict `lane`, with its own counter lane["step"][i]. A lane that
-# ends is refilled at once, so the batch stays full until the jobs run out; then it shrinks.
+# An attack is a small class with start(lane), advance(lane) and the number of `evaluations` that end a lane;
+# run_lanes() owns the batch. A lane is one job (point, target): row i of every tensor in the dict `lane`, with
+# its own counter lane["step"][i]. A lane that ends is refilled at once, so the batch stays full until the jobs
+# run out; then it shrinks.
 
 AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
 FLOATS = (torch.float32, torch.float64)
@@ -2058,7 +2059,7 @@ class APGD:
         lane["interval"] = lane["check"] = torch.full_like(lane["y"], self.first)
 
     def advance(self, lane):
-        """Score lane["z"], then move it. -> (scored images, which fool, which are used up)."""
+        """Score lane["z"], then move it. -> (scored images, bool: which of them fool)."""
         z, step = lane["z"], lane["step"]
         logits, loss, gradient = input_gradient(self.ascend, z, lambda logits: self.loss(logits, lane))
         replace_rows(lane, loss > lane["best_loss"], best_loss=loss, best=z, best_gradient=gradient)
@@ -2079,8 +2080,8 @@ class APGD:
         aim = aim.clamp_(lane["low"], lane["high"])
         pull = image_like(torch.where(step > 0, 0.75, 1.0).to(z.dtype), z)  # the first step has no momentum
         moved = here + pull * (aim - here) + (1 - pull) * (here - lane["before"])
-        lane |= {"before": here, "z": moved.clamp_(lane["low"], lane["high"]), "step": step + 1}
-        return z, is_fooled(logits, lane["y"]), lane["step"] >= self.evaluations
+        lane |= {"before": here, "z": moved.clamp_(lane["low"], lane["high"])}
+        return z, is_fooled(logits, lane["y"])
 
 
 def project_linf(t, w, gap):
@@ -2120,20 +2121,18 @@ class FAB:
 
     def advance(self, lane):
         """As APGD's."""
-        x0, z, n = lane["x0"], lane["z"], len(lane["z"])
+        x0, z = lane["x0"], lane["z"]
         _, gap, gradient = input_gradient(self.exact, z, lambda logits: logit_gap(logits, lane))
         w = gradient.flatten(1)
         gap_at_x0 = gap + (w * (x0 - z).flatten(1)).sum(1)
         both = project_linf(torch.cat([z, x0]).flatten(1), w.repeat(2, 1), torch.cat([gap, gap_at_x0]))
-        reach = both.abs().amax(1).clamp_min_(1e-8)
-        alpha = image_like((reach[:n] / (reach[:n] + reach[n:])).clamp_(max=self.ALPHA_MAX), z)
-        from_z, from_x0 = both[:n].view_as(z), both[n:].view_as(z)
+        from_z, from_x0 = both.view(2, *z.shape)
+        reach = both.abs().amax(1).clamp_min_(1e-8).view(2, -1)
+        alpha = image_like((reach[0] / (reach[0] + reach[1])).clamp_(max=self.ALPHA_MAX), z)
         z = ((z + self.ETA * from_z) * (1 - alpha) + (x0 + self.ETA * from_x0) * alpha).clamp_(0, 1)
         crossed = is_fooled(self.exact(z), lane["y"])
         lane["z"] = torch.where(image_like(crossed, z), x0 + self.BETA * (z - x0), z)
-        lane["step"] = lane["step"] + 1
-        near = (z - x0).abs().flatten(1).amax(1) <= self.eps
-        return z, crossed & near, lane["step"] >= self.evaluations
+        return z, crossed & ((z - x0).abs().flatten(1).amax(1) <= self.eps)
 
 
 class Square:
@@ -2163,8 +2162,8 @@ class Square:
         logits = self.exact(z)
         value = margin(logits, lane["y"])
         replace_rows(lane, value < lane["margin"], margin=value, best=z)
-        lane |= {"z": self.propose(lane), "step": lane["step"] + 1}
-        return z, is_fooled(logits, lane["y"]), lane["step"] >= self.evaluations
+        lane["z"] = self.propose(lane)
+        return z, is_fooled(logits, lane["y"])
 
     def propose(self, lane):
         """The best image with one square recoloured, each channel to one of its two bounds: from the stripes on, every
@@ -2212,8 +2211,10 @@ def run_lanes(attack, rows, make_lane, batch_size, progress):
             lane = {name: torch.cat([lane[name], new[name]]) for name in new} if jobs else new
             jobs += [(row, rank, tick) for row, rank in fresh]
         left, tick = left - len(jobs), tick + 1
-        scored, claims, used_up = attack.advance(lane)
-        claims, used_up = torch.stack([claims, used_up]).cpu().numpy()  # waits for the device
+        scored, claims = attack.advance(lane)
+        lane["step"] = lane["step"] + 1
+        # this waits for the device
+        claims, used_up = torch.stack([claims, lane["step"] >= attack.evaluations]).cpu().numpy()
         fooled = claims if attack.ascend is attack.exact else confirm(attack, lane, scored, claims, used_up)
         ended = fooled | used_up
         if fooled.any():
@@ -2297,8 +2298,7 @@ def _make_attack(name, nets, eps, budget, classes, log):
 
 def _run_attack(name, attack, points, number):
     """Attack the rows still robust. -> the fooled: {"rows" int64 [k], "images" [k,C,H,W], "seconds"}."""
-    began, rows, images = time.monotonic(), [], [points.x[:0]]
-    shown = began
+    began = shown = time.monotonic()
 
     def progress(left):
         nonlocal shown
@@ -2309,11 +2309,10 @@ def _run_attack(name, attack, points, number):
             print(f"{text:<79}", end="\r", file=sys.stderr, flush=True)
 
     todo, lane = points.robust.nonzero()[:, 0].tolist(), functools.partial(points.lane, number=number)
-    for fooled, found in run_lanes(attack, todo, lane, points.batch_size, progress):
-        rows += fooled
-        images.append(found)
-    rows, images = torch.tensor(rows, dtype=torch.int64), torch.cat(images)
-    return {"rows": rows, "images": images.cpu(), "seconds": time.monotonic() - began}
+    found = list(run_lanes(attack, todo, lane, points.batch_size, progress))
+    rows = torch.tensor([row for rows, _ in found for row in rows], dtype=torch.int64)
+    images = torch.cat([points.x[:0], *(images for _, images in found)]).cpu()
+    return {"rows": rows, "images": images, "seconds": time.monotonic() - began}
 
 
 def _audit(net, points, x_adv, eps):
@@ -2410,8 +2409,9 @@ def evaluate(
     accuracy under AutoAttack standard, to which log and state go. Verdicts are IEEE float32; PGD's and APGD's gradients
     come from a copy in `amp` precision ('off': float32). Noise depends on the seed and the batch's or the point's
     number only; under torchrun each rank takes whole batches, and all return the same. Returns clean, tail_clean,
-    class_clean (a list) and the like, with balanced_* (mean of the class accuracies) where classes differ in size. No
-    global generator is touched and the model is left as it was. ValueError for no images, or another dtype or shape.
+    class_clean (a list) and the like, with balanced_* (mean of the class accuracies) where classes differ in size;
+    tail_* is None where no image is of the tail. No global generator is touched and the model is left as it was.
+    ValueError for no images, or another dtype or shape.
     """
     if images_u8.dtype != torch.uint8 or images_u8.ndim != 4 or not 0 < len(images_u8) == len(labels):
         shape = f"{images_u8.dtype} {list(images_u8.shape)}, {len(labels)} labels"
@@ -3118,8 +3118,7 @@ def plain_attack(model, x, y, eps, step_size, steps):
     x_adv = x + 0.001 * torch.randn_like(x)
     for _ in range(steps):
         x_adv.requires_grad_()
-        loss = F.cross_entropy(model(x_adv), y)
-        (grad,) = torch.autograd.grad(loss, [x_adv])
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(x_adv), y), x_adv)
         x_adv = x_adv.detach() + step_size * grad.sign()
         x_adv = torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
     return x_adv
@@ -3128,13 +3127,12 @@ def plain_attack(model, x, y, eps, step_size, steps):
 def plain_step(model, teacher, optimizer, x, y, counts, threat):
     """One training step of the paper's method around plain_attack, eager and in float32."""
     x_adv = plain_attack(model, x, y, **threat)
-    minus = 2 * x - x_adv
+    both = (x_adv, 2 * x - x_adv)
     model.train()
-    plus_logits, minus_logits = model(x_adv), model(minus)
+    students = [model(images) for images in both]
     with torch.no_grad():
-        teacher_plus, teacher_minus = teacher(x_adv), teacher(minus)
-    loss = balanced_softmax_loss(plus_logits, y, counts)
-    loss = loss + 40 * igdm_loss(plus_logits, minus_logits, teacher_plus, teacher_minus)
+        teachers = [teacher(images) for images in both]
+    loss = balanced_softmax_loss(students[0], y, counts) + 40 * igdm_loss(*students, *teachers)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -3144,57 +3142,57 @@ def fast_step(cfg, model, student, frozen, teacher, optimizer, x, y, counts, thr
     """The same step as `train` does it."""
     x_adv = pgd_attack(frozen.refresh(), x, y, init="gauss", **threat)
     batch = Batch(student, x, x_adv, y, counts, cfg, 40.0, teacher)
-    _outer_step(METHODS["ltsd"], batch, model, optimizer, torch.amp.GradScaler(x.device.type, enabled=False))
+    scaler = torch.amp.GradScaler(x.device.type, enabled=cfg.amp == "fp16")
+    _outer_step(METHODS["ltsd"], batch, model, optimizer, scaler)
+
+
+def speeds(images, seconds):
+    """{name: seconds for so many images} -> {name: its columns in bench.json}; the first name is the plain one."""
+    plain = next(iter(seconds.values()))
+    return {name: dict(images_per_s=images / s, ratio=plain / s) for name, s in seconds.items()}
 
 
 def bench_core(cfg, device, batch, steps, rounds, levers):
     """{"attack": rows, "train_step": rows} at one batch size on ResNet-18 with 100 classes, levers added in turn."""
     torch.manual_seed(0)
-    contiguous = dict(device=device, memory_format=torch.contiguous_format)
-    plain, plain_teacher = (build_model("resnet18", 100).to(**contiguous) for _ in "ab")
-    ours = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    ours, teacher = (build_model("resnet18", 100).to(device) for _ in "ab")
+    plain, plain_teacher = (copy.deepcopy(net).to(memory_format=torch.contiguous_format) for net in (ours, teacher))
     x, y = torch.rand(batch, 3, 32, 32, device=device), torch.arange(batch, device=device) % 100
-    x_cl = x.contiguous(memory_format=torch.channels_last)
-    counts = torch.tensor(long_tail_counts(500, 100, 10), device=device)
+    x_cl, on_cuda = x.contiguous(memory_format=torch.channels_last), device.type == "cuda"
     threat, dtype = dict(eps=8 / 255, step_size=2 / 255, steps=steps), AMP_DTYPE[cfg.amp]
-    frozen, low = copy.deepcopy(plain).requires_grad_(False), FrozenCopy(ours, dtype)
-    variants = {"plain": lambda: plain_attack(plain, x, y, **threat)}
-    attack = functools.partial(pgd_attack, y=y, init="gauss", **threat)
+
+    def attack(net, x=x_cl):
+        return functools.partial(pgd_attack, net, x, y, init="gauss", **threat)
+
+    variants = {"plain": functools.partial(plain_attack, plain, x, y, **threat)}
     if levers:
-        folded, folded_cl = FrozenCopy(plain), FrozenCopy(ours)
-        variants["no weight gradients"] = lambda: plain_attack(frozen, x, y, **threat)
-        variants["+ folded norms, fused step"] = lambda: attack(folded, x)
-        variants["+ channels_last"] = lambda: attack(folded_cl, x_cl)
+        frozen = copy.deepcopy(plain).requires_grad_(False)
+        variants["no weight gradients"] = functools.partial(plain_attack, frozen, x, y, **threat)
+        variants["+ folded norms, fused step"] = attack(FrozenCopy(plain), x)
+        variants["+ channels_last"] = attack(FrozenCopy(ours))
+    student, fast = ours, FrozenCopy(ours, dtype)
     if cfg.amp != "off":
-        variants[f"+ {cfg.amp}"] = lambda: attack(low, x_cl)
-    student, fast, fused = ours, low, device.type == "cuda"
-    optimizers = [torch.optim.SGD(plain.parameters(), 0.01, 0.9)]
-    optimizers.append(torch.optim.SGD(ours.parameters(), 0.01, 0.9, fused=fused))
+        variants[f"+ {cfg.amp}"] = attack(fast)
     if cfg.compile == "on":
         student, graphs = torch.compile(ours, dynamic=False), FrozenCopy(ours, dtype).speed_up(batch)
-        if device.type == "cuda":
+        if on_cuda:
             compiled = FrozenCopy(ours, dtype).speed_up(batch)
             compiled.capture = None
-            variants["+ torch.compile"] = lambda: attack(compiled, x_cl)
-        name = "+ CUDA graph" if device.type == "cuda" else "+ torch.compile"
-        variants[name] = lambda: attack(graphs, x_cl)
-        fast = graphs
+            variants["+ torch.compile"] = attack(compiled)
+        variants["+ CUDA graph" if on_cuda else "+ torch.compile"] = attack(graphs)
     attacks = timed(variants, rounds, device)
-    fastest = min(attacks, key=attacks.get)
-    fast = low if fastest == f"+ {cfg.amp}" else fast
-    teacher = torch.no_grad()(FrozenCopy(copy.deepcopy(plain_teacher).to(memory_format=torch.channels_last), dtype))
-    rest = (y, counts, threat)
+    if cfg.compile == "on" and min(attacks, key=attacks.get) != f"+ {cfg.amp}":
+        fast = graphs
+    teacher = torch.no_grad()(FrozenCopy(teacher, dtype))
+    plain_sgd = torch.optim.SGD(plain.parameters(), 0.01, 0.9)
+    sgd = torch.optim.SGD(ours.parameters(), 0.01, 0.9, fused=on_cuda and cfg.amp != "fp16")
+    rest = (y, torch.tensor(long_tail_counts(500, 100, 10), device=device), threat)
     whole = {
-        "plain": lambda: plain_step(plain, plain_teacher.eval(), optimizers[0], x, *rest),
-        "all levers": lambda: fast_step(cfg, ours, student, fast, teacher, optimizers[1], x_cl, *rest),
+        "plain": functools.partial(plain_step, plain, plain_teacher.eval(), plain_sgd, x, *rest),
+        "all levers": functools.partial(fast_step, cfg, ours, student, fast, teacher, sgd, x_cl, *rest),
     }
-    train = timed(whole, rounds, device)
-
-    def rows(table):
-        rates = {name: batch / seconds for name, seconds in table.items()}
-        return [dict(batch=batch, lever=k, images_per_s=v, ratio=v / rates["plain"]) for k, v in rates.items()]
-
-    return {"attack": rows(attacks), "train_step": rows(train)}
+    tables = {"attack": speeds(batch, attacks), "train_step": speeds(batch, timed(whole, rounds, device))}
+    return {k: [dict(batch=batch, lever=lever, **row) for lever, row in v.items()] for k, v in tables.items()}
 
 
 def _again(function, times):
@@ -3204,49 +3202,48 @@ def _again(function, times):
 
 def bench_kernel(device):
     """Rows of the step kernel on CUDA against plain operations, torch.compile and a device-to-device copy."""
-    rows = []
-    largest = min(1 << 30, torch.cuda.mem_get_info(device)[0] // 14)
+
+    def plain(a, g, x):
+        moved = pgd_step_reference(a, g, x, 2 / 255, 8 / 255)
+        return moved, moved.bfloat16()
+
+    rows, largest = [], min(1 << 30, torch.cuda.mem_get_info(device)[0] // 14)
     for images in (32, 128, largest // (4 * 3072)):
-        x = torch.rand(images, 3, 32, 32, device=device)
+        x, repeat = torch.rand(images, 3, 32, 32, device=device), 200 if images < 1000 else 10
         grad, x_adv, low = torch.randn_like(x).bfloat16(), x.clone(), x.bfloat16()
-
-        def plain(a, g, x):
-            moved = pgd_step_reference(a, g, x, 2 / 255, 8 / 255)
-            return moved, moved.bfloat16()
-
         variants = {
             "kernel": functools.partial(pgd_step, x_adv, grad, x, 2 / 255, 8 / 255, low),
             "plain": functools.partial(plain, x_adv, grad, x),
             "torch.compile": functools.partial(torch.compile(plain, dynamic=False), x_adv, grad, x),
             "copy": functools.partial(x_adv.copy_, x),
         }
-        repeat = 200 if images < 1000 else 10
-        calls = {name: functools.partial(_again, function, repeat) for name, function in variants.items()}
-        graphs = {name: capture_cuda_graph(call, [])[0] for name, call in calls.items()}  # as the attack has it
+        # captured, as the attack has it
+        graphs = {name: capture_cuda_graph(functools.partial(_again, f, repeat), [])[0] for name, f in variants.items()}
         for name, seconds in timed(graphs, 5, device).items():
             # a step reads 4+2+4 bytes a value and writes 4+2, a copy moves 4+4
-            traffic = (8 if name == "copy" else 16) * x.numel()
-            us = 1e6 * seconds / repeat
+            traffic, us = (8 if name == "copy" else 16) * x.numel(), 1e6 * seconds / repeat
             rows.append(dict(images=images, what=name, us=us, gb_per_s=traffic / us / 1e3))
     return rows
 
 
 def bench_forward(device):
     """Images/s of the float32 forward in which FAB, Square and all verdicts are made, ResNet-18."""
-    net, x = FrozenCopy(build_model("resnet18", 100).to(device)), torch.rand(EVAL_BATCH, 3, 32, 32, device=device)
-    x = x[: EVAL_BATCH if device.type == "cuda" else CPU_CHUNK].to(memory_format=torch.channels_last)
+    net = FrozenCopy(build_model("resnet18", 100).to(device))
+    count = EVAL_BATCH if device.type == "cuda" else CPU_CHUNK
+    x = torch.rand(count, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     with torch.no_grad(), ieee_float32():
-        return len(x) / timed({"forward": lambda: net(x)}, 3, device)["forward"]
+        return count / timed({"forward": functools.partial(net, x)}, 3, device)["forward"]
 
 
 def projected_minutes(rates, steps, forwards):
     """{part: minutes} of the paper's command on CIFAR-100 IR 10, teacher to AutoAttack, from what was measured.
 
     rates: images/s of {"attack", "train_step"} at batch {32, 128}, with attacks of `steps` steps; forwards: images/s in
-    float32. An attack step is a forward and an input gradient; FAB takes one and a forward more, three forwards' work.
-    Points left for each attack of AutoAttack: 46, 22, 19, 19 % (Table 2); its early successes are not counted."""
-    cost = [8 + 3 * s for s in (steps, 10)]  # a training step's forwards, see Phase.cost
-    step = {batch: rates["train_step", batch] * cost[0] / cost[1] for batch in (32, 128)}
+    float32. A teacher's step counts as a student's, which takes a little longer. An attack step is a forward and an
+    input gradient; FAB takes one and a forward more, three forwards' work. Points left for each attack of AutoAttack:
+    46, 22, 19, 19 % (Table 2); its early successes are not counted."""
+    # a training step takes 8 forwards, and 3 for each step of its attack: see Phase.cost
+    step = {batch: rates["train_step", batch] * (8 + 3 * steps) / (8 + 3 * 10) for batch in (32, 128)}
     ascent, images = 1 / (rates["attack", 128] * steps), 10_000
     pgd, apgd = 21 * ascent, (0.46 + 9 * 0.22) * 101 * ascent
     exact = (9 * 100 * 3 + 5001) * 0.19 / forwards
@@ -3262,69 +3259,65 @@ def bench_rest(device):
     x, batch = to_float(images[:128].to(device)), images.to(device)
     # right by definition, and eps 0 keeps it so: all points use all iterations
     y = FrozenCopy(model)(x).argmax(1)
-    variants = {
-        "plain": lambda: plain_attack(model, x, y, 0.0, 2 / 255, 101),
-        "autoattack": lambda: autoattack(model, x, y, eps=0.0, attacks=("apgd-ce",)),
-    }
-    seconds = timed(variants, 2, device)
-    apgd = dict(images_per_s=len(x) / seconds["autoattack"], ratio=seconds["plain"] / seconds["autoattack"])
-    pictures, rows = [TF.to_pil_image(image) for image in images], {}
+    plain = functools.partial(plain_attack, model, x, y, 0.0, 2 / 255, 101)
+    ours = functools.partial(autoattack, model, x, y, eps=0.0, attacks=("apgd-ce",))
+    result = {"autoattack": speeds(len(x), timed({"plain": plain, "ours": ours}, 2, device))["ours"], "augment": {}}
+    pictures = [TF.to_pil_image(image) for image in images]
+    after = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     first = {"none": [], "ra": [v2.RandAugment(2, 8)], "aua": [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)]}
     for policy, ops in first.items():
-        after = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), v2.PILToTensor()]
         ours = functools.partial(augment, batch, policy, torch.Generator())
-        theirs = functools.partial(lambda f: [f(picture) for picture in pictures], v2.Compose([*ops, *after]))
-        seconds = timed({"ours": ours, "theirs": theirs}, 3, device)
-        ratio = seconds["theirs"] / seconds["ours"]
-        rows[policy] = dict(images_per_s=len(images) / seconds["ours"], ratio=ratio)
-    return apgd, rows
+        plain = functools.partial(lambda f: [f(picture) for picture in pictures], v2.Compose([*ops, *after]))
+        result["augment"][policy] = speeds(len(images), timed({"plain": plain, "ours": ours}, 3, device))["ours"]
+    return result
+
+
+def peak_bytes(device):
+    """The most memory in use so far: the GPU's, or this process's; 0 where the system does not tell (Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(ImportError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
 
 
 def stage_bench(cfg):
     """Measure the core against plain PyTorch on this machine; print the tables and write bench.json."""
-    device = torch.device(cfg.device)
-    on_cuda, began, say = device.type == "cuda", time.perf_counter(), functools.partial(print, flush=True)
+    device, began, say = torch.device(cfg.device), time.perf_counter(), functools.partial(print, flush=True)
+    on_cuda, path = device.type == "cuda", pathlib.Path(cfg.out or "runs/bench", "bench.json")
     tune_process(cfg)
-    folder = pathlib.Path(cfg.out or "runs/bench")
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     header = dict(environment(cfg), amp=cfg.amp, compile=cfg.compile, attack_steps=10 if on_cuda else 2)
     say(", ".join(f"{k} {v}" for k, v in header.items()))
     result = {"header": header, "attack": [], "train_step": [], "kernel": []}
+    line = "{:<12}batch {batch:<4} {lever:<28} {images_per_s:10.1f} images/s {ratio:7.2f} x plain"
     for batch, levers, rounds in ((32, True, 5 if on_cuda else 3), (128, on_cuda, 5 if on_cuda else 2)):
-        rows = bench_core(cfg, device, batch, header["attack_steps"], rounds, levers)
-        for name, part in rows.items():
-            result[name] += part
-            for row in part:
-                text = f"{name:<12}batch {batch:<4} {row['lever']:<28} {row['images_per_s']:10.1f} images/s"
-                say(f"{text} {row['ratio']:7.2f} x plain")
-    best = {(name, row["batch"]): row["images_per_s"] for name in rows for row in result[name]}  # the last lever's
+        for name, rows in bench_core(cfg, device, batch, header["attack_steps"], rounds, levers).items():
+            result[name] += rows
+            say("\n".join(line.format(name, **row) for row in rows))
+    best = {(k, row["batch"]): row["images_per_s"] for k in ("attack", "train_step") for row in result[k]}  # the last
     minutes = projected_minutes(best, header["attack_steps"], bench_forward(device))
     result["projected_minutes"] = minutes | {"total": sum(minutes.values())}
     parts = ", ".join(f"{name} {hms(60 * m)}" for name, m in result["projected_minutes"].items())
     say(f"projected   the paper's command, CIFAR-100 IR 10 ResNet-18: {parts}")
-    if on_cuda:
-        peak = torch.cuda.max_memory_allocated(device)
-        result["kernel"] = bench_kernel(device)
-        for row in result["kernel"]:
-            say("kernel      {images} images  {what:<14} {us:9.1f} us {gb_per_s:8.0f} GB/s".format(**row))
-    result["autoattack"], result["augment"] = bench_rest(device)
+    peak = peak_bytes(device)
+    for row in bench_kernel(device) if on_cuda else ():
+        result["kernel"].append(row)
+        say("kernel      {images} images  {what:<14} {us:9.1f} us {gb_per_s:8.0f} GB/s".format(**row))
+    result |= bench_rest(device)
     say(f"autoattack  APGD iterations {result['autoattack']['ratio']:.2f} x a plain PGD loop's, resnet8")
     for policy, row in result["augment"].items():
         say(f"augment     {policy:<5} {row['images_per_s']:.0f} images/s, {row['ratio']:.1f} x v2 on PIL")
-    if not on_cuda:
-        import resource  # not on Windows
-
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     a, b = (torch.randn(2048, 2048, device=device, dtype=AMP_DTYPE[cfg.amp]) for _ in "ab")
-    rate = 2 * 2048**3 / timed({"matmul": lambda: a @ b}, 5, device)["matmul"]
-    fastest = max(row["images_per_s"] for row in result["attack"])
+    rate = 2 * 2048**3 / timed({"matmul": functools.partial(torch.matmul, a, b)}, 5, device)["matmul"]
     # a step: forward and input gradient, 0.556 G multiply-adds each
-    flop = 4 * 556e6 * header["attack_steps"]
+    flop, fastest = 4 * 556e6 * header["attack_steps"], max(row["images_per_s"] for row in result["attack"])
     result |= dict(peak_mib=peak / 2**20, flop_per_image=flop, matmul_share=fastest * flop / rate)
     result["seconds"] = time.perf_counter() - began
-    write_atomic(folder / "bench.json", json.dumps(result, indent=1) + "\n")
+    write_atomic(path, json.dumps(result, indent=1) + "\n")
     share = f"{100 * result['matmul_share']:.0f} % of this machine's {cfg.amp} matmul rate"
-    path = folder / "bench.json"
     say(f"peak {result['peak_mib']:.0f} MiB, {share}, {hms(result['seconds'])}; see {path}")
 
 
