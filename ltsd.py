@@ -1916,11 +1916,13 @@ def hms(seconds):
 # 9  AutoAttack
 # ==========================================================================================================
 # Own code from the papers: arXiv 2003.01690 (APGD), 1907.02044 (FAB), 1912.00049 (Square); maximum norm only.
-# An attack is a small class with start(lane) and advance(lane); run_lanes() owns the batch. A lane is one job
-# (point, target): row i of every tensor in the dict `lane`, with its own counter lane["step"][i]. A lane that
-# ends is refilled at once, so the batch stays full until the jobs run out; then it shrinks.
+# An attack is a small class with start(lane), advance(lane) and the number of `evaluations` that end a lane;
+# run_lanes() owns the batch. A lane is one job (point, target): row i of every tensor in the dict `lane`, with
+# its own counter lane["step"][i]. A lane that ends is refilled at once, so the batch stays full until the jobs
+# run out; then it shrinks.
 
 AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
+FLOATS = (torch.float32, torch.float64)
 
 
 # Every random draw is a hash of (seed, attack, point, target, iteration, number): it depends neither on the
@@ -1935,8 +1937,7 @@ def hash64(z):
 
 def random_bits(key, count):
     """int64 [N] keys -> int64 [N, count] independent words."""
-    odd = -0x61C8864680B583EB  # splitmix64's increment
-    counter = torch.arange(1, count + 1, device=key.device) * odd
+    counter = torch.arange(1, count + 1, device=key.device) * -0x61C8864680B583EB  # splitmix64's increment
     return hash64(hash64(key)[:, None] + counter)
 
 
@@ -1946,8 +1947,14 @@ def random_below(words, bound):
 
 
 def image_like(rows, x):
-    """[N] -> [N, 1, 1, 1] to broadcast against x."""
+    """[N] -> [N, 1, 1, 1] to broadcast against x, or [N] where x is [N]."""
     return rows.view(-1, *[1] * (x.dim() - 1))
+
+
+def replace_rows(lane, rows, **new):
+    """lane[name][i] = new[name][i], in new tensors, for the rows i that the bool [N] `rows` marks."""
+    for name, value in new.items():
+        lane[name] = torch.where(image_like(rows, value), value, lane[name])
 
 
 def is_fooled(logits, y):
@@ -1995,47 +2002,36 @@ class APGD:
 
     def __init__(self, nets, eps, iterations, loss, targets=1):
         self.ascend, self.exact = nets
-        self.eps, self.iterations, self.loss, self.targets = eps, iterations, loss, targets
-        self.evaluations = iterations + 1
+        self.eps, self.loss, self.targets, self.evaluations = eps, loss, targets, iterations + 1
         # Interval to the first checkpoint, by how much intervals shrink, the least one; in iterations.
         self.first, self.shrink, self.least = (max(int(p * iterations), 1) for p in (0.22, 0.03, 0.06))
 
     def start(self, lane):
-        x0, n = lane["x0"], len(lane["x0"])
+        x0 = lane["x0"]
         noise = (random_bits(lane["key"], x0[0].numel()) >> 40 & 0xFFFFFF).to(x0.dtype) * 2**-23 - 1
         noise /= noise.abs().amax(1, keepdim=True) + 1e-12  # at least one pixel on the face of the ball
-        row = x0.new_zeros(n)
-        lane["low"], lane["high"] = (x0 - self.eps).clamp_(min=0), (x0 + self.eps).clamp_(max=1)
-        lane["z"] = (x0 + self.eps * noise.view(x0.shape)).clamp_(0, 1)
-        lane["before"], lane["best"] = lane["z"].clone(), lane["z"].clone()
-        lane["best_gradient"] = torch.zeros_like(x0)
-        lane |= {"best_loss": row - math.inf, "last_loss": row + math.inf, "loss_at_check": row.clone()}
-        lane |= {"rises": row.clone(), "size": row + 2 * self.eps, "halved": row == 0}
-        lane["interval"] = torch.full_like(lane["y"], self.first)
-        lane["check"] = lane["interval"].clone()
+        z, row = (x0 + self.eps * noise.view(x0.shape)).clamp_(0, 1), x0.new_zeros(len(x0))
+        lane |= {"low": (x0 - self.eps).clamp_(min=0), "high": (x0 + self.eps).clamp_(max=1)}
+        lane |= {"z": z, "before": z, "best": z, "best_gradient": torch.zeros_like(x0)}
+        lane |= {"best_loss": row - math.inf, "last_loss": row + math.inf, "loss_at_check": row}
+        lane |= {"rises": row, "size": row + 2 * self.eps, "halved": row == 0}
+        lane["interval"] = lane["check"] = torch.full_like(lane["y"], self.first)
 
     def advance(self, lane):
-        """Score lane["z"], then move it. -> (scored images, which fool, which are used up)."""
+        """Score lane["z"], then move it. -> (scored images, bool: which of them fool)."""
         z, step = lane["z"], lane["step"]
         logits, loss, gradient = input_gradient(self.ascend, z, lambda logits: self.loss(logits, lane))
-        better = loss > lane["best_loss"]
-        lane["best_loss"] = torch.where(better, loss, lane["best_loss"])
-        lane["best"] = torch.where(image_like(better, z), z, lane["best"])
-        lane["best_gradient"] = torch.where(image_like(better, z), gradient, lane["best_gradient"])
-        lane["rises"] += loss > lane["last_loss"]
-        lane["last_loss"] = loss
+        replace_rows(lane, loss > lane["best_loss"], best_loss=loss, best=z, best_gradient=gradient)
+        lane["rises"], lane["last_loss"] = lane["rises"] + (loss > lane["last_loss"]), loss
 
         # Halve where too few steps rose, or the best loss stood still since a checkpoint that did not halve.
         checked = step == lane["check"]
         stuck = ~lane["halved"] & (lane["loss_at_check"] >= lane["best_loss"])
         halve = checked & ((lane["rises"] <= 0.75 * lane["interval"]) | stuck)
-        lane["halved"] = torch.where(checked, halve, lane["halved"])
-        lane["loss_at_check"] = torch.where(checked, lane["best_loss"], lane["loss_at_check"])
-        lane["rises"].masked_fill_(checked, 0)
-        lane["size"] = torch.where(halve, lane["size"] / 2, lane["size"])
-        shorter = (lane["interval"] - self.shrink).clamp_(min=self.least)
-        lane["interval"] = torch.where(checked, shorter, lane["interval"])
-        lane["check"] += checked * lane["interval"]
+        interval = (lane["interval"] - self.shrink).clamp_(min=self.least)
+        replace_rows(lane, checked, halved=halve, loss_at_check=lane["best_loss"], rises=torch.zeros_like(loss))
+        replace_rows(lane, checked, interval=interval, check=step + interval)
+        replace_rows(lane, halve, size=lane["size"] / 2)
         here = torch.where(image_like(halve, z), lane["best"], z)
         gradient = torch.where(image_like(halve, z), lane["best_gradient"], gradient)
 
@@ -2043,9 +2039,8 @@ class APGD:
         aim = aim.clamp_(lane["low"], lane["high"])
         pull = image_like(torch.where(step > 0, 0.75, 1.0).to(z.dtype), z)  # the first step has no momentum
         moved = here + pull * (aim - here) + (1 - pull) * (here - lane["before"])
-        lane["before"], lane["z"] = here, moved.clamp_(lane["low"], lane["high"])
-        lane["step"] = step + 1
-        return z, is_fooled(logits, lane["y"]), lane["step"] >= self.evaluations
+        lane |= {"before": here, "z": moved.clamp_(lane["low"], lane["high"])}
+        return z, is_fooled(logits, lane["y"])
 
 
 def project_linf(t, w, gap):
@@ -2078,27 +2073,25 @@ class FAB:
 
     def __init__(self, nets, eps, iterations, targets):
         self.ascend = self.exact = nets[1]
-        self.eps, self.iterations, self.targets = eps, iterations, targets
-        self.evaluations = iterations
+        self.eps, self.targets, self.evaluations = eps, targets, iterations
 
     def start(self, lane):
-        lane["z"] = lane["x0"].clone()
+        lane["z"] = lane["x0"]
 
     def advance(self, lane):
-        x0, z, n = lane["x0"], lane["z"], len(lane["z"])
+        """As APGD's."""
+        x0, z = lane["x0"], lane["z"]
         _, gap, gradient = input_gradient(self.exact, z, lambda logits: logit_gap(logits, lane))
         w = gradient.flatten(1)
         gap_at_x0 = gap + (w * (x0 - z).flatten(1)).sum(1)
         both = project_linf(torch.cat([z, x0]).flatten(1), w.repeat(2, 1), torch.cat([gap, gap_at_x0]))
-        reach = both.abs().amax(1).clamp_min_(1e-8)
-        alpha = image_like((reach[:n] / (reach[:n] + reach[n:])).clamp_(max=self.ALPHA_MAX), z)
-        from_z, from_x0 = both[:n].view_as(z), both[n:].view_as(z)
+        from_z, from_x0 = both.view(2, *z.shape)
+        reach = both.abs().amax(1).clamp_min_(1e-8).view(2, -1)
+        alpha = image_like((reach[0] / (reach[0] + reach[1])).clamp_(max=self.ALPHA_MAX), z)
         z = ((z + self.ETA * from_z) * (1 - alpha) + (x0 + self.ETA * from_x0) * alpha).clamp_(0, 1)
         crossed = is_fooled(self.exact(z), lane["y"])
         lane["z"] = torch.where(image_like(crossed, z), x0 + self.BETA * (z - x0), z)
-        lane["step"] = lane["step"] + 1
-        near = (z - x0).abs().flatten(1).amax(1) <= self.eps
-        return z, crossed & near, lane["step"] >= self.evaluations
+        return z, crossed & ((z - x0).abs().flatten(1).amax(1) <= self.eps)
 
 
 class Square:
@@ -2114,66 +2107,61 @@ class Square:
     def start(self, lane):
         x0 = lane["x0"]
         n, channels, height, width = x0.shape
-        lane["low"], lane["high"] = (x0 - self.eps).clamp_(min=0), (x0 + self.eps).clamp_(max=1)
+        low, high = (x0 - self.eps).clamp_(min=0), (x0 + self.eps).clamp_(max=1)
         stripes = random_bits(lane["key"], channels * width).view(n, channels, 1, width) < 0
-        lane["z"] = torch.where(stripes, lane["low"], lane["high"])
-        lane["best"], lane["margin"] = x0.clone(), x0.new_full((n,), math.inf)
-        shares = [self.P_INIT / 2**k for k in range(len(self.HALVE_AFTER) + 1)]
-        sides = [min(max(round(math.sqrt(p * height * width)), 1), height, width) for p in shares]
-        self.sides = torch.tensor(sides, device=x0.device)
-        self.halve_after = torch.tensor(self.HALVE_AFTER, device=x0.device)
+        lane |= {"low": low, "high": high, "z": torch.where(stripes, low, high)}
+        lane |= {"best": x0, "margin": x0.new_full((n,), math.inf)}
+        halvings = torch.bucketize(torch.arange(self.evaluations), torch.tensor(self.HALVE_AFTER))
+        sides = (self.P_INIT * height * width / 2 ** halvings.double()).sqrt().round()  # at each step
+        self.sides = sides.clamp(1, min(height, width)).long().to(x0.device)
 
     def advance(self, lane):
-        z, scored = lane["z"], lane["z"]
+        """As APGD's."""
+        z = lane["z"]
         logits = self.exact(z)
         value = margin(logits, lane["y"])
-        better = value < lane["margin"]
-        lane["margin"] = torch.where(better, value, lane["margin"])
-        lane["best"] = torch.where(image_like(better, z), z, lane["best"])
+        replace_rows(lane, value < lane["margin"], margin=value, best=z)
         lane["z"] = self.propose(lane)
-        lane["step"] = lane["step"] + 1
-        return scored, is_fooled(logits, lane["y"]), lane["step"] >= self.evaluations
+        return z, is_fooled(logits, lane["y"])
 
     def propose(self, lane):
         """The best image with one square recoloured, each channel to one of its two bounds: from the stripes on, every
         pixel lies on a bound, where adding +-2 eps and projecting means just that."""
-        best, step = lane["best"], lane["step"]
-        _, channels, height, width = best.shape
-        side = self.sides[torch.bucketize(step, self.halve_after)]
-        words = random_bits(lane["key"] + step + 1, channels + 2)
-        inside = []
-        for axis, length in ((0, height), (1, width)):
+        _, channels, height, width = lane["best"].shape
+        side = self.sides[lane["step"]]
+        words = random_bits(lane["key"] + lane["step"] + 1, channels + 2)
+
+        def inside(word, length):
             # Places 0 to length - side - 1, as in the official code: the last row and column stay out.
             # With all places (the paper's) Square is stronger, by 14 points on 12x12 images.
-            first = random_below(words[:, axis], (length - side).clamp_(min=1))[:, None]
-            place = torch.arange(length, device=best.device)
-            inside.append((place >= first) & (place < first + side[:, None]))
-        square = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+            first = random_below(word, (length - side).clamp_(min=1))[:, None]
+            place = torch.arange(length, device=word.device)
+            return (place >= first) & (place < first + side[:, None])
+
+        square = inside(words[:, 0], height)[:, None, :, None] & inside(words[:, 1], width)[:, None, None, :]
         colour = torch.where(words[:, 2:, None, None] < 0, lane["low"], lane["high"])
-        return torch.where(square, colour, best)
+        return torch.where(square, colour, lane["best"])
 
 
-def confirm(attack, lane, scored, flags):
+def confirm(attack, lane, scored, claims, used_up):
     """-> bool [lanes], which are fooled: a low-precision ascent only claims, `exact` decides. A lane ending without
     success gets one more exact look, at its best point, which then replaces `scored`."""
-    fooled = np.zeros(len(flags), bool)
-    for look_at_best in (False, True):
-        asked = (flags >= 2) & ~fooled if look_at_best else (flags & 1) > 0
-        slots = torch.as_tensor(np.flatnonzero(asked), device=scored.device)
+    fooled = np.zeros_like(claims)
+    for images, asked in ((scored, claims), (lane["best"], used_up)):
+        slots = torch.as_tensor(np.flatnonzero(asked & ~fooled), device=scored.device)
         if len(slots):
-            images = (lane["best"] if look_at_best else scored)[slots]
-            verdict = is_fooled(attack.exact(images), lane["y"][slots])
-            scored[slots[verdict]] = images[verdict]
-            fooled[asked] |= verdict.cpu().numpy()
+            hits = slots[is_fooled(attack.exact(images[slots]), lane["y"][slots])]
+            scored[hits] = images[hits]
+            fooled[hits.cpu().numpy()] = True
     return fooled
 
 
 def run_lanes(attack, rows, make_lane, batch_size, progress):
     """Run an attack on rows: all against their first target, those still robust against the second, ... Yields (row
-    numbers, adversarial images) as they are found."""
+    numbers, adversarial images) as they are found. progress: called with the share of the work that is left."""
     queue = deque((row, 0) for row in rows)
     jobs, lane, tick = [], {}, 0  # jobs[i] of lane i: row, rank of its target, first tick
-    left = len(queue) * attack.targets * attack.evaluations  # lane iterations still to do, at most
+    total = left = len(queue) * attack.targets * attack.evaluations  # lane iterations still to do, at most
     while queue or jobs:
         fresh = [queue.popleft() for _ in range(min(len(queue), batch_size - len(jobs)))]
         if fresh:
@@ -2182,22 +2170,23 @@ def run_lanes(attack, rows, make_lane, batch_size, progress):
             lane = {name: torch.cat([lane[name], new[name]]) for name in new} if jobs else new
             jobs += [(row, rank, tick) for row, rank in fresh]
         left, tick = left - len(jobs), tick + 1
-        scored, claims, used_up = attack.advance(lane)
-        flags = (claims + 2 * used_up.int()).cpu().numpy()  # waits for the device
-        fooled = (flags & 1) > 0 if attack.ascend is attack.exact else confirm(attack, lane, scored, flags)
-        ended = fooled | (flags >= 2)
+        scored, claims = attack.advance(lane)
+        lane["step"] = lane["step"] + 1
+        # this waits for the device
+        claims, used_up = torch.stack([claims, lane["step"] >= attack.evaluations]).cpu().numpy()
+        fooled = claims if attack.ascend is attack.exact else confirm(attack, lane, scored, claims, used_up)
+        ended = fooled | used_up
         if fooled.any():
-            hits = [jobs[slot] for slot in np.flatnonzero(fooled)]
-            spared = [(attack.targets - rank) * attack.evaluations - tick + first for _, rank, first in hits]
-            left -= sum(spared)
+            hits = list(itertools.compress(jobs, fooled))
+            left -= sum((attack.targets - rank) * attack.evaluations - tick + first for _, rank, first in hits)
             yield [row for row, _, _ in hits], scored[torch.as_tensor(fooled, device=scored.device)]
         if ended.any():
-            survivors = [jobs[slot][:2] for slot in np.flatnonzero(ended & ~fooled)]
-            queue.extend((row, rank + 1) for row, rank in survivors if rank + 1 < attack.targets)
-            jobs = [jobs[slot] for slot in np.flatnonzero(~ended)]
+            survivors = itertools.compress(jobs, ended & ~fooled)
+            queue.extend((row, rank + 1) for row, rank, _ in survivors if rank + 1 < attack.targets)
+            jobs = list(itertools.compress(jobs, ~ended))
             keep = torch.as_tensor(np.flatnonzero(~ended), device=scored.device)
             lane = {name: tensor.index_select(0, keep) for name, tensor in lane.items()}
-        progress(left)
+        progress(left / total)
 
 
 class Points:
@@ -2226,9 +2215,6 @@ class Points:
         rows, ranks, key = (t.to(self.y.device) for t in (rows, ranks, key))
         lane = {"key": key, "step": torch.zeros_like(rows), "x0": self.x[rows], "y": self.y[rows]}
         return lane | {"target": self.order[rows, ranks + 1]}
-
-
-FLOATS = (torch.float32, torch.float64)
 
 
 def _in_batches(net, x, batch_size):
@@ -2271,26 +2257,21 @@ def _make_attack(name, nets, eps, budget, classes, log):
 
 def _run_attack(name, attack, points, number):
     """Attack the rows still robust. -> the fooled: {"rows" int64 [k], "images" [k,C,H,W], "seconds"}."""
-    began, rows, images = time.monotonic(), [], [points.x[:0]]
-    todo = points.robust.nonzero()[:, 0].tolist()
-    total, shown = len(todo) * attack.targets * attack.evaluations, began
+    began = shown = time.monotonic()
 
     def progress(left):
         nonlocal shown
         now = time.monotonic()
-        if sys.stderr.isatty() and not RANK and now - shown > 0.5:
-            shown, eta = now, hms((now - began) * left / max(total - left, 1))
-            text = f"{name} {100 - 100 * left / max(total, 1):.0f} %  ETA {eta}" if left else ""
+        if sys.stderr.isatty() and not RANK and (now - shown > 0.5 or not left):
+            shown, eta = now, hms((now - began) * left / (1 - left))
+            text = f"{name} {100 - 100 * left:.0f} %  ETA {eta}" if left else ""
             print(f"{text:<79}", end="\r", file=sys.stderr, flush=True)
 
-    def lane(jobs):
-        return points.lane(jobs, number)
-
-    for fooled, found in run_lanes(attack, todo, lane, points.batch_size, progress):
-        rows += fooled
-        images.append(found)
-    rows, images = torch.tensor(rows, dtype=torch.int64), torch.cat(images)
-    return {"rows": rows, "images": images.cpu(), "seconds": time.monotonic() - began}
+    todo, lane = points.robust.nonzero()[:, 0].tolist(), functools.partial(points.lane, number=number)
+    found = list(run_lanes(attack, todo, lane, points.batch_size, progress))
+    rows = torch.tensor([row for rows, _ in found for row in rows], dtype=torch.int64)
+    images = torch.cat([points.x[:0], *(images for _, images in found)]).cpu()
+    return {"rows": rows, "images": images, "seconds": time.monotonic() - began}
 
 
 def _audit(net, points, x_adv, eps):
@@ -2331,14 +2312,14 @@ def autoattack(
     z_target - z_y, as DLR needs 4. ValueError for bad input, RuntimeError when the final audit fails.
     """
     check_images(x, y, FLOATS)
+    budget = (iterations, queries, targets)
     known = bool(attacks) and sorted(attacks) == sorted(set(attacks) & set(AUTOATTACK))
-    if not 0 <= eps <= 1 or batch_size < 1 or not known:
-        given = f"eps {eps}, batch_size {batch_size}, attacks {attacks}"
-        raise ValueError(f"{given}: want eps in [0,1], batch_size >= 1, each attack one of {AUTOATTACK}")
+    if not 0 <= eps <= 1 or min(batch_size, *budget) < 1 or not known:
+        given = f"eps {eps}, batch_size {batch_size}, iterations, queries, targets {budget}, attacks {attacks}"
+        raise ValueError(f"{given}: want eps in [0,1], counts >= 1, each attack one of {AUTOATTACK}")
     if index is not None and (index.shape != y.shape or index.dtype != torch.int64):
         raise ValueError(f"index must be int64 [{len(x)}], got {index.dtype} {list(index.shape)}")
     x, x_adv, log = x.detach(), x.detach().clone(), log or (lambda line: None)
-    budget = (iterations, queries, targets)
     if not len(x):
         return x_adv
     exact = FrozenCopy(model, next(model.parameters()).dtype) if isinstance(model, Net) else model
@@ -2387,21 +2368,20 @@ def evaluate(
     accuracy under AutoAttack standard, to which log and state go. Verdicts are IEEE float32; PGD's and APGD's gradients
     come from a copy in `amp` precision ('off': float32). Noise depends on the seed and the batch's or the point's
     number only; under torchrun each rank takes whole batches, and all return the same. Returns clean, tail_clean,
-    class_clean (a list) and the like, with balanced_* (mean of the class accuracies) where classes differ in size. No
-    global generator is touched and the model is left as it was. ValueError for no images, or another dtype or shape.
+    class_clean (a list) and the like, with balanced_* (mean of the class accuracies) where classes differ in size;
+    tail_* is None where no image is of the tail. No global generator is touched and the model is left as it was.
+    ValueError for no images, or another dtype or shape.
     """
     if images_u8.dtype != torch.uint8 or images_u8.ndim != 4 or not 0 < len(images_u8) == len(labels):
         shape = f"{images_u8.dtype} {list(images_u8.shape)}, {len(labels)} labels"
         raise ValueError(f"images must be uint8 [N,3,H,W] with N > 0 labels, got {shape}")
     if isinstance(attacks, str) or not set(attacks) <= set(ATTACKS):
         raise ValueError(f"attacks {attacks!r}: want a sequence from {ATTACKS}")
-    if nets is None:
-        exact = FrozenCopy(model) if isinstance(model, Net) else model
-        low = isinstance(model, Net) and amp != "off"
-        nets = (FrozenCopy(model, AMP_DTYPE[amp]) if low else exact, exact)
-    fast, exact = nets
+    fast, exact = nets or (model, model)
+    if nets is None and isinstance(model, Net):
+        exact = FrozenCopy(model)
+        fast = exact if amp == "off" else FrozenCopy(model, AMP_DTYPE[amp])
     correct = {name: torch.zeros(len(labels), dtype=torch.bool, device=labels.device) for name in attacks}
-    adversarial = torch.empty(0)
     if "aa" in attacks:
         mine = torch.arange(len(labels), device=labels.device)
         mine = mine[mine // batch_size % WORLD == RANK]
@@ -2409,15 +2389,14 @@ def evaluate(
         adversarial = to_float(images_u8)
         adversarial[mine] = autoattack(exact, to_float(images_u8[mine]), labels[mine], **options)
     with eval_mode(exact), torch.no_grad():
-        for i, start in list(enumerate(range(0, len(labels), batch_size)))[RANK::WORLD]:
-            part = slice(start, start + batch_size)
+        for i in range(RANK, math.ceil(len(labels) / batch_size), WORLD):
+            part = slice(i * batch_size, (i + 1) * batch_size)
             x, y = to_float(images_u8[part]), labels[part]
             generator = torch.Generator(x.device).manual_seed(derive_seed(seed, "evaluation", i))
             for name in attacks:
                 x_adv = adversarial[part] if name == "aa" else x
                 if name == "pgd":
-                    threat = dict(eps=eps, step_size=step_size, steps=steps, generator=generator)
-                    x_adv = pgd_attack(fast, x, y, **threat)
+                    x_adv = pgd_attack(fast, x, y, eps=eps, step_size=step_size, steps=steps, generator=generator)
                 with ieee_float32():
                     correct[name][part] = exact(x_adv).argmax(1) == y
     correct = {name: torch.stack(gather(flags.cpu())).any(0) for name, flags in correct.items()}
@@ -2445,12 +2424,12 @@ def _metrics(name, flags, labels, tail):
     labels, flags = labels.cpu().numpy(), flags.cpu().numpy()
     counts, hits = np.bincount(labels), np.bincount(labels, flags)
     per_class = 100 * hits / counts.clip(1)
-    out = {name: 100 * hits.sum() / counts.sum(), f"class_{name}": [round(float(v), 4) for v in per_class]}
+    out = {name: float(100 * hits.sum() / counts.sum()), f"class_{name}": [round(v, 4) for v in per_class.tolist()]}
     tail = [c for c in tail if c < len(counts)]
-    out[f"tail_{name}"] = 100 * hits[tail].sum() / counts[tail].sum() if counts[tail].sum() else None
+    out[f"tail_{name}"] = float(100 * hits[tail].sum() / counts[tail].sum()) if counts[tail].any() else None
     if len(set(counts.tolist())) > 1:
-        out[f"balanced_{name}"] = per_class[counts > 0].mean()
-    return {k: float(v) if isinstance(v, np.floating) else v for k, v in out.items()}
+        out[f"balanced_{name}"] = float(per_class[counts > 0].mean())
+    return out
 
 
 # ==========================================================================================================
@@ -3094,8 +3073,7 @@ def plain_attack(model, x, y, eps, step_size, steps):
     x_adv = x + 0.001 * torch.randn_like(x)
     for _ in range(steps):
         x_adv.requires_grad_()
-        loss = F.cross_entropy(model(x_adv), y)
-        (grad,) = torch.autograd.grad(loss, [x_adv])
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(x_adv), y), x_adv)
         x_adv = x_adv.detach() + step_size * grad.sign()
         x_adv = torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
     return x_adv
@@ -3104,13 +3082,12 @@ def plain_attack(model, x, y, eps, step_size, steps):
 def plain_step(model, teacher, optimizer, x, y, counts, threat):
     """One training step of the paper's method around plain_attack, eager and in float32."""
     x_adv = plain_attack(model, x, y, **threat)
-    minus = 2 * x - x_adv
+    both = (x_adv, 2 * x - x_adv)
     model.train()
-    plus_logits, minus_logits = model(x_adv), model(minus)
+    students = [model(images) for images in both]
     with torch.no_grad():
-        teacher_plus, teacher_minus = teacher(x_adv), teacher(minus)
-    loss = balanced_softmax_loss(plus_logits, y, counts)
-    loss = loss + 40 * igdm_loss(plus_logits, minus_logits, teacher_plus, teacher_minus)
+        teachers = [teacher(images) for images in both]
+    loss = balanced_softmax_loss(students[0], y, counts) + 40 * igdm_loss(*students, *teachers)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -3120,57 +3097,57 @@ def fast_step(cfg, model, student, frozen, teacher, optimizer, x, y, counts, thr
     """The same step as `train` does it."""
     x_adv = pgd_attack(frozen.refresh(), x, y, init="gauss", **threat)
     batch = Batch(student, x, x_adv, y, counts, cfg, 40.0, teacher)
-    _outer_step(METHODS["ltsd"], batch, model, optimizer, torch.amp.GradScaler(x.device.type, enabled=False))
+    scaler = torch.amp.GradScaler(x.device.type, enabled=cfg.amp == "fp16")
+    _outer_step(METHODS["ltsd"], batch, model, optimizer, scaler)
+
+
+def speeds(images, seconds):
+    """{name: seconds for so many images} -> {name: its columns in bench.json}; the first name is the plain one."""
+    plain = next(iter(seconds.values()))
+    return {name: dict(images_per_s=images / s, ratio=plain / s) for name, s in seconds.items()}
 
 
 def bench_core(cfg, device, batch, steps, rounds, levers):
     """{"attack": rows, "train_step": rows} at one batch size on ResNet-18 with 100 classes, levers added in turn."""
     torch.manual_seed(0)
-    contiguous = dict(device=device, memory_format=torch.contiguous_format)
-    plain, plain_teacher = (build_model("resnet18", 100).to(**contiguous) for _ in "ab")
-    ours = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    ours, teacher = (build_model("resnet18", 100).to(device) for _ in "ab")
+    plain, plain_teacher = (copy.deepcopy(net).to(memory_format=torch.contiguous_format) for net in (ours, teacher))
     x, y = torch.rand(batch, 3, 32, 32, device=device), torch.arange(batch, device=device) % 100
-    x_cl = x.contiguous(memory_format=torch.channels_last)
-    counts = torch.tensor(long_tail_counts(500, 100, 10), device=device)
+    x_cl, on_cuda = x.contiguous(memory_format=torch.channels_last), device.type == "cuda"
     threat, dtype = dict(eps=8 / 255, step_size=2 / 255, steps=steps), AMP_DTYPE[cfg.amp]
-    frozen, low = copy.deepcopy(plain).requires_grad_(False), FrozenCopy(ours, dtype)
-    variants = {"plain": lambda: plain_attack(plain, x, y, **threat)}
-    attack = functools.partial(pgd_attack, y=y, init="gauss", **threat)
+
+    def attack(net, x=x_cl):
+        return functools.partial(pgd_attack, net, x, y, init="gauss", **threat)
+
+    variants = {"plain": functools.partial(plain_attack, plain, x, y, **threat)}
     if levers:
-        folded, folded_cl = FrozenCopy(plain), FrozenCopy(ours)
-        variants["no weight gradients"] = lambda: plain_attack(frozen, x, y, **threat)
-        variants["+ folded norms, fused step"] = lambda: attack(folded, x)
-        variants["+ channels_last"] = lambda: attack(folded_cl, x_cl)
+        frozen = copy.deepcopy(plain).requires_grad_(False)
+        variants["no weight gradients"] = functools.partial(plain_attack, frozen, x, y, **threat)
+        variants["+ folded norms, fused step"] = attack(FrozenCopy(plain), x)
+        variants["+ channels_last"] = attack(FrozenCopy(ours))
+    student, fast = ours, FrozenCopy(ours, dtype)
     if cfg.amp != "off":
-        variants[f"+ {cfg.amp}"] = lambda: attack(low, x_cl)
-    student, fast, fused = ours, low, device.type == "cuda"
-    optimizers = [torch.optim.SGD(plain.parameters(), 0.01, 0.9)]
-    optimizers.append(torch.optim.SGD(ours.parameters(), 0.01, 0.9, fused=fused))
+        variants[f"+ {cfg.amp}"] = attack(fast)
     if cfg.compile == "on":
         student, graphs = torch.compile(ours, dynamic=False), FrozenCopy(ours, dtype).speed_up(batch)
-        if device.type == "cuda":
+        if on_cuda:
             compiled = FrozenCopy(ours, dtype).speed_up(batch)
             compiled.capture = None
-            variants["+ torch.compile"] = lambda: attack(compiled, x_cl)
-        name = "+ CUDA graph" if device.type == "cuda" else "+ torch.compile"
-        variants[name] = lambda: attack(graphs, x_cl)
-        fast = graphs
+            variants["+ torch.compile"] = attack(compiled)
+        variants["+ CUDA graph" if on_cuda else "+ torch.compile"] = attack(graphs)
     attacks = timed(variants, rounds, device)
-    fastest = min(attacks, key=attacks.get)
-    fast = low if fastest == f"+ {cfg.amp}" else fast
-    teacher = torch.no_grad()(FrozenCopy(copy.deepcopy(plain_teacher).to(memory_format=torch.channels_last), dtype))
-    rest = (y, counts, threat)
+    if cfg.compile == "on" and min(attacks, key=attacks.get) != f"+ {cfg.amp}":
+        fast = graphs
+    teacher = torch.no_grad()(FrozenCopy(teacher, dtype))
+    plain_sgd = torch.optim.SGD(plain.parameters(), 0.01, 0.9)
+    sgd = torch.optim.SGD(ours.parameters(), 0.01, 0.9, fused=on_cuda and cfg.amp != "fp16")
+    rest = (y, torch.tensor(long_tail_counts(500, 100, 10), device=device), threat)
     whole = {
-        "plain": lambda: plain_step(plain, plain_teacher.eval(), optimizers[0], x, *rest),
-        "all levers": lambda: fast_step(cfg, ours, student, fast, teacher, optimizers[1], x_cl, *rest),
+        "plain": functools.partial(plain_step, plain, plain_teacher.eval(), plain_sgd, x, *rest),
+        "all levers": functools.partial(fast_step, cfg, ours, student, fast, teacher, sgd, x_cl, *rest),
     }
-    train = timed(whole, rounds, device)
-
-    def rows(table):
-        rates = {name: batch / seconds for name, seconds in table.items()}
-        return [dict(batch=batch, lever=k, images_per_s=v, ratio=v / rates["plain"]) for k, v in rates.items()]
-
-    return {"attack": rows(attacks), "train_step": rows(train)}
+    tables = {"attack": speeds(batch, attacks), "train_step": speeds(batch, timed(whole, rounds, device))}
+    return {k: [dict(batch=batch, lever=lever, **row) for lever, row in v.items()] for k, v in tables.items()}
 
 
 def _again(function, times):
@@ -3180,49 +3157,48 @@ def _again(function, times):
 
 def bench_kernel(device):
     """Rows of the step kernel on CUDA against plain operations, torch.compile and a device-to-device copy."""
-    rows = []
-    largest = min(1 << 30, torch.cuda.mem_get_info(device)[0] // 14)
+
+    def plain(a, g, x):
+        moved = pgd_step_reference(a, g, x, 2 / 255, 8 / 255)
+        return moved, moved.bfloat16()
+
+    rows, largest = [], min(1 << 30, torch.cuda.mem_get_info(device)[0] // 14)
     for images in (32, 128, largest // (4 * 3072)):
-        x = torch.rand(images, 3, 32, 32, device=device)
+        x, repeat = torch.rand(images, 3, 32, 32, device=device), 200 if images < 1000 else 10
         grad, x_adv, low = torch.randn_like(x).bfloat16(), x.clone(), x.bfloat16()
-
-        def plain(a, g, x):
-            moved = pgd_step_reference(a, g, x, 2 / 255, 8 / 255)
-            return moved, moved.bfloat16()
-
         variants = {
             "kernel": functools.partial(pgd_step, x_adv, grad, x, 2 / 255, 8 / 255, low),
             "plain": functools.partial(plain, x_adv, grad, x),
             "torch.compile": functools.partial(torch.compile(plain, dynamic=False), x_adv, grad, x),
             "copy": functools.partial(x_adv.copy_, x),
         }
-        repeat = 200 if images < 1000 else 10
-        calls = {name: functools.partial(_again, function, repeat) for name, function in variants.items()}
-        graphs = {name: capture_cuda_graph(call, [])[0] for name, call in calls.items()}  # as the attack has it
+        # captured, as the attack has it
+        graphs = {name: capture_cuda_graph(functools.partial(_again, f, repeat), [])[0] for name, f in variants.items()}
         for name, seconds in timed(graphs, 5, device).items():
             # a step reads 4+2+4 bytes a value and writes 4+2, a copy moves 4+4
-            traffic = (8 if name == "copy" else 16) * x.numel()
-            us = 1e6 * seconds / repeat
+            traffic, us = (8 if name == "copy" else 16) * x.numel(), 1e6 * seconds / repeat
             rows.append(dict(images=images, what=name, us=us, gb_per_s=traffic / us / 1e3))
     return rows
 
 
 def bench_forward(device):
     """Images/s of the float32 forward in which FAB, Square and all verdicts are made, ResNet-18."""
-    net, x = FrozenCopy(build_model("resnet18", 100).to(device)), torch.rand(EVAL_BATCH, 3, 32, 32, device=device)
-    x = x[: EVAL_BATCH if device.type == "cuda" else CPU_CHUNK].to(memory_format=torch.channels_last)
+    net = FrozenCopy(build_model("resnet18", 100).to(device))
+    count = EVAL_BATCH if device.type == "cuda" else CPU_CHUNK
+    x = torch.rand(count, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     with torch.no_grad(), ieee_float32():
-        return len(x) / timed({"forward": lambda: net(x)}, 3, device)["forward"]
+        return count / timed({"forward": functools.partial(net, x)}, 3, device)["forward"]
 
 
 def projected_minutes(rates, steps, forwards):
     """{part: minutes} of the paper's command on CIFAR-100 IR 10, teacher to AutoAttack, from what was measured.
 
     rates: images/s of {"attack", "train_step"} at batch {32, 128}, with attacks of `steps` steps; forwards: images/s in
-    float32. An attack step is a forward and an input gradient; FAB takes one and a forward more, three forwards' work.
-    Points left for each attack of AutoAttack: 46, 22, 19, 19 % (Table 2); its early successes are not counted."""
-    cost = [8 + 3 * s for s in (steps, 10)]  # a training step's forwards, see Phase.cost
-    step = {batch: rates["train_step", batch] * cost[0] / cost[1] for batch in (32, 128)}
+    float32. A teacher's step counts as a student's, which takes a little longer. An attack step is a forward and an
+    input gradient; FAB takes one and a forward more, three forwards' work. Points left for each attack of AutoAttack:
+    46, 22, 19, 19 % (Table 2); its early successes are not counted."""
+    # a training step takes 8 forwards, and 3 for each step of its attack: see Phase.cost
+    step = {batch: rates["train_step", batch] * (8 + 3 * steps) / (8 + 3 * 10) for batch in (32, 128)}
     ascent, images = 1 / (rates["attack", 128] * steps), 10_000
     pgd, apgd = 21 * ascent, (0.46 + 9 * 0.22) * 101 * ascent
     exact = (9 * 100 * 3 + 5001) * 0.19 / forwards
@@ -3238,69 +3214,65 @@ def bench_rest(device):
     x, batch = to_float(images[:128].to(device)), images.to(device)
     # right by definition, and eps 0 keeps it so: all points use all iterations
     y = FrozenCopy(model)(x).argmax(1)
-    variants = {
-        "plain": lambda: plain_attack(model, x, y, 0.0, 2 / 255, 101),
-        "autoattack": lambda: autoattack(model, x, y, eps=0.0, attacks=("apgd-ce",)),
-    }
-    seconds = timed(variants, 2, device)
-    apgd = dict(images_per_s=len(x) / seconds["autoattack"], ratio=seconds["plain"] / seconds["autoattack"])
-    pictures, rows = [TF.to_pil_image(image) for image in images], {}
+    plain = functools.partial(plain_attack, model, x, y, 0.0, 2 / 255, 101)
+    ours = functools.partial(autoattack, model, x, y, eps=0.0, attacks=("apgd-ce",))
+    result = {"autoattack": speeds(len(x), timed({"plain": plain, "ours": ours}, 2, device))["ours"], "augment": {}}
+    pictures = [TF.to_pil_image(image) for image in images]
+    after = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     first = {"none": [], "ra": [v2.RandAugment(2, 8)], "aua": [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)]}
     for policy, ops in first.items():
-        after = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), v2.PILToTensor()]
         ours = functools.partial(augment, batch, policy, torch.Generator())
-        theirs = functools.partial(lambda f: [f(picture) for picture in pictures], v2.Compose([*ops, *after]))
-        seconds = timed({"ours": ours, "theirs": theirs}, 3, device)
-        ratio = seconds["theirs"] / seconds["ours"]
-        rows[policy] = dict(images_per_s=len(images) / seconds["ours"], ratio=ratio)
-    return apgd, rows
+        plain = functools.partial(lambda f: [f(picture) for picture in pictures], v2.Compose([*ops, *after]))
+        result["augment"][policy] = speeds(len(images), timed({"plain": plain, "ours": ours}, 3, device))["ours"]
+    return result
+
+
+def peak_bytes(device):
+    """The most memory in use so far: the GPU's, or this process's; 0 where the system does not tell (Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(ImportError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
 
 
 def stage_bench(cfg):
     """Measure the core against plain PyTorch on this machine; print the tables and write bench.json."""
-    device = torch.device(cfg.device)
-    on_cuda, began, say = device.type == "cuda", time.perf_counter(), functools.partial(print, flush=True)
+    device, began, say = torch.device(cfg.device), time.perf_counter(), functools.partial(print, flush=True)
+    on_cuda, path = device.type == "cuda", pathlib.Path(cfg.out or "runs/bench", "bench.json")
     tune_process(cfg)
-    folder = pathlib.Path(cfg.out or "runs/bench")
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     header = dict(environment(cfg), amp=cfg.amp, compile=cfg.compile, attack_steps=10 if on_cuda else 2)
     say(", ".join(f"{k} {v}" for k, v in header.items()))
     result = {"header": header, "attack": [], "train_step": [], "kernel": []}
+    line = "{:<12}batch {batch:<4} {lever:<28} {images_per_s:10.1f} images/s {ratio:7.2f} x plain"
     for batch, levers, rounds in ((32, True, 5 if on_cuda else 3), (128, on_cuda, 5 if on_cuda else 2)):
-        rows = bench_core(cfg, device, batch, header["attack_steps"], rounds, levers)
-        for name, part in rows.items():
-            result[name] += part
-            for row in part:
-                text = f"{name:<12}batch {batch:<4} {row['lever']:<28} {row['images_per_s']:10.1f} images/s"
-                say(f"{text} {row['ratio']:7.2f} x plain")
-    best = {(name, row["batch"]): row["images_per_s"] for name in rows for row in result[name]}  # the last lever's
+        for name, rows in bench_core(cfg, device, batch, header["attack_steps"], rounds, levers).items():
+            result[name] += rows
+            say("\n".join(line.format(name, **row) for row in rows))
+    best = {(k, row["batch"]): row["images_per_s"] for k in ("attack", "train_step") for row in result[k]}  # the last
     minutes = projected_minutes(best, header["attack_steps"], bench_forward(device))
     result["projected_minutes"] = minutes | {"total": sum(minutes.values())}
     parts = ", ".join(f"{name} {hms(60 * m)}" for name, m in result["projected_minutes"].items())
     say(f"projected   the paper's command, CIFAR-100 IR 10 ResNet-18: {parts}")
-    if on_cuda:
-        peak = torch.cuda.max_memory_allocated(device)
-        result["kernel"] = bench_kernel(device)
-        for row in result["kernel"]:
-            say("kernel      {images} images  {what:<14} {us:9.1f} us {gb_per_s:8.0f} GB/s".format(**row))
-    result["autoattack"], result["augment"] = bench_rest(device)
+    peak = peak_bytes(device)
+    for row in bench_kernel(device) if on_cuda else ():
+        result["kernel"].append(row)
+        say("kernel      {images} images  {what:<14} {us:9.1f} us {gb_per_s:8.0f} GB/s".format(**row))
+    result |= bench_rest(device)
     say(f"autoattack  APGD iterations {result['autoattack']['ratio']:.2f} x a plain PGD loop's, resnet8")
     for policy, row in result["augment"].items():
         say(f"augment     {policy:<5} {row['images_per_s']:.0f} images/s, {row['ratio']:.1f} x v2 on PIL")
-    if not on_cuda:
-        import resource  # not on Windows
-
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     a, b = (torch.randn(2048, 2048, device=device, dtype=AMP_DTYPE[cfg.amp]) for _ in "ab")
-    rate = 2 * 2048**3 / timed({"matmul": lambda: a @ b}, 5, device)["matmul"]
-    fastest = max(row["images_per_s"] for row in result["attack"])
+    rate = 2 * 2048**3 / timed({"matmul": functools.partial(torch.matmul, a, b)}, 5, device)["matmul"]
     # a step: forward and input gradient, 0.556 G multiply-adds each
-    flop = 4 * 556e6 * header["attack_steps"]
+    flop, fastest = 4 * 556e6 * header["attack_steps"], max(row["images_per_s"] for row in result["attack"])
     result |= dict(peak_mib=peak / 2**20, flop_per_image=flop, matmul_share=fastest * flop / rate)
     result["seconds"] = time.perf_counter() - began
-    write_atomic(folder / "bench.json", json.dumps(result, indent=1) + "\n")
+    write_atomic(path, json.dumps(result, indent=1) + "\n")
     share = f"{100 * result['matmul_share']:.0f} % of this machine's {cfg.amp} matmul rate"
-    path = folder / "bench.json"
     say(f"peak {result['peak_mib']:.0f} MiB, {share}, {hms(result['seconds'])}; see {path}")
 
 

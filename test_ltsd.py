@@ -1714,8 +1714,7 @@ class Countdown:
         self.widths.append(len(jobs))
         self.log += jobs
         claims = torch.tensor([self.weak.get(row) == (rank, step) for row, rank, step in jobs])
-        lane["step"] = lane["step"] + 1
-        return lane["image"].clone(), claims, lane["step"] >= self.evaluations
+        return lane["image"].clone(), claims
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 50])
@@ -1740,6 +1739,18 @@ def test_lanes_are_refilled(batch_size):
     assert attack.widths[0] == min(batch_size, 9)
     if batch_size <= 3:
         assert set(attack.widths[: 80 // batch_size // 2]) == {batch_size}  # full while there are jobs
+
+
+def test_the_progress_line_is_wiped_at_the_end(net, monkeypatch, capsys):
+    x, y = task(12, 10, 3)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    clock = itertools.count(step=0.3)  # every second look comes too early for another line
+    monkeypatch.setattr(ltsd.time, "monotonic", lambda: next(clock))
+    for queries in (5, 6):
+        ltsd.autoattack(net, x, y, eps=EPS, attacks=("square",), queries=queries)
+        *shown, last, after = capsys.readouterr().err.split("\r")
+        assert any(re.match(r"square \d+ %  ETA \d+ s ", line) for line in shown)
+        assert last == " " * 79 and after == ""
 
 
 def test_result_does_not_depend_on_the_batch_size(net):
@@ -1847,7 +1858,9 @@ BAD = [
     ({"attacks": ("pgd",)}, "pgd"),
     ({"attacks": ()}, "each attack"),
     ({"attacks": ("square", "square")}, "each attack"),
-    ({"batch_size": 0}, "0"),
+    ({"batch_size": 0}, "batch_size 0"),
+    ({"iterations": 0}, r"\(0, 5000, 9\)"),
+    ({"targets": 0}, "counts >= 1"),
     ({"index": torch.zeros(3, dtype=torch.int64)}, "index"),
 ]
 
@@ -2406,6 +2419,35 @@ def test_bench_writes_its_schema(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "x plain" in said and "the paper's command, CIFAR-100 IR 10 ResNet-18: teacher" in said
     assert set(result["projected_minutes"]) == {"teacher", "student", "selection", "evaluation", "total"}
+
+
+def test_bench_without_the_resource_module(monkeypatch):
+    """Windows has none: the peak is then unknown, which must not cost the measurements."""
+    assert ltsd.peak_bytes(torch.device("cpu")) > 1 << 20
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert ltsd.peak_bytes(torch.device("cpu")) == 0
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_bench_core_takes_the_very_step_of_training(amp, monkeypatch):
+    """In each precision: fp16 with its loss scaler."""
+    cfg = ltsd.resolve(ltsd.parse_args(["--device", "cpu", "--amp", "off"]))
+    real, outer, scalers = ltsd.build_model, ltsd._outer_step, []
+    monkeypatch.setattr(ltsd, "build_model", lambda arch, classes: real("resnet8", classes))
+
+    def step(row, batch, model, optimizer, scaler):
+        scalers.append(scaler.is_enabled())
+        return outer(row, batch, model, optimizer, scaler)
+
+    monkeypatch.setattr(ltsd, "_outer_step", step)
+    got = ltsd.bench_core(ltsd.replace(cfg, amp=amp), torch.device("cpu"), 4, 1, 1, True)
+    assert scalers == [amp == "fp16"] * 2
+    levers = ["plain", "no weight gradients", "+ folded norms, fused step", "+ channels_last"]
+    assert [row["lever"] for row in got["attack"]] == levers + ([] if amp == "off" else [f"+ {amp}"])
+    assert [row["lever"] for row in got["train_step"]] == ["plain", "all levers"]
+    for rows in got.values():
+        assert rows[0]["ratio"] == 1 and all(row["batch"] == 4 for row in rows)
+        assert all(row["ratio"] == pytest.approx(row["images_per_s"] / rows[0]["images_per_s"]) for row in rows)
 
 
 def test_projection_by_hand():
