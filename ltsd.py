@@ -3409,9 +3409,10 @@ def stage_eval(cfg, run, data):
         whose = f" (AutoAttack reports rank 0's share, one of {WORLD})" if WORLD > 1 and "aa" in missing else ""
         run.log(f"evaluating {name}: {', '.join(missing)}{whose}")
         options = dict(settings, attacks=missing, log=run.log, state=state)
-        nets = FrozenCopy(model, AMP_DTYPE[cfg.amp]), FrozenCopy(model)
-        if cfg.compile == "on":
-            nets = tuple(net.speed_up(EVAL_BATCH) for net in nets)
+        exact = FrozenCopy(model)
+        nets = (exact if cfg.amp == "off" else FrozenCopy(model, AMP_DTYPE[cfg.amp]), exact)
+        for net in set(nets) if cfg.compile == "on" else ():
+            net.speed_up(EVAL_BATCH)
         entry |= evaluate(model, data.test_images, data.test_labels, nets=nets, **options)
         nets[0].runners.clear()
         key, new = evaluation_key(cfg), {**there, name: entry}
