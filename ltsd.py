@@ -1030,16 +1030,10 @@ if HAS_TRITON:
 
     @triton.jit
     def _pgd_step_kernel(
-        x_adv_ptr,  # float32 [n], read and overwritten
-        grad_ptr,  # float32, bfloat16 or float16 [n]
-        x_ptr,  # float32 [n]
-        low_ptr,  # any float type [n], written only if HAS_LOW
-        n,
-        step_size,
-        eps,
-        HAS_LOW: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
+        x_adv_ptr, grad_ptr, x_ptr, low_ptr, n, step_size, eps, HAS_LOW: tl.constexpr, BLOCK: tl.constexpr
+    ):  # fmt: skip
+        # All [n]: x_adv float32, overwritten; grad float32, bfloat16 or float16; x float32; low any float type, written
+        # only if HAS_LOW
         offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < n
         x_adv = tl.load(x_adv_ptr + offsets, mask=mask)
@@ -1077,10 +1071,9 @@ def pgd_step(x_adv, grad, x, step_size, eps, out_low=None) -> torch.Tensor:
     if HAS_TRITON and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         n, low = x.numel(), x_adv if out_low is None else out_low
         if n:
-            with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-                flags = dict(HAS_LOW=out_low is not None, BLOCK=STEP_BLOCK)
-                grid = (triton.cdiv(n, STEP_BLOCK),)
-                _pgd_step_kernel[grid](x_adv, grad, x, low, n, step_size, eps, **flags)
+            with torch.cuda.device_of(x):
+                kernel = _pgd_step_kernel[(triton.cdiv(n, STEP_BLOCK),)]
+                kernel(x_adv, grad, x, low, n, step_size, eps, out_low is not None, STEP_BLOCK)
         return x_adv
     x_adv.copy_(pgd_step_reference(x_adv, grad, x, step_size, eps))
     if out_low is not None:
@@ -1090,8 +1083,7 @@ def pgd_step(x_adv, grad, x, step_size, eps, out_low=None) -> torch.Tensor:
 
 def _dense_strides(t):
     """The strides of the sides longer than 1; ValueError where elements overlap or leave gaps."""
-    pairs = zip(t.stride(), t.shape, strict=True) if t.numel() else ()
-    expected, sides = 1, [(stride, side) for stride, side in pairs if side > 1]
+    expected, sides = 1, [(stride, side) for stride, side in zip(t.stride(), t.shape) if side > 1 and t.numel()]
     for stride, side in sorted(sides):
         if stride != expected:
             raise ValueError(f"shape {tuple(t.shape)}, strides {t.stride()} is not dense: call .contiguous()")
