@@ -1481,14 +1481,13 @@ def _pgd_at(b):
     return F.cross_entropy(logits, b.y), logits
 
 
-def _trades(b):
+def _trades(b, loss=trades_loss):
     logits, logits_adv = b.student(b.x), b.student(b.x_adv)
-    return trades_loss(logits, logits_adv, b.y, b.cfg.beta), logits_adv
+    return loss(logits, logits_adv, b.y, b.cfg.beta), logits_adv
 
 
 def _mart(b):
-    logits, logits_adv = b.student(b.x), b.student(b.x_adv)
-    return mart_loss(logits, logits_adv, b.y, b.cfg.beta), logits_adv
+    return _trades(b, mart_loss)
 
 
 def robal_constants(num_classes) -> dict:
@@ -1512,8 +1511,7 @@ def with_evaluation_head(model, counts, tau_p=1.7) -> nn.Module:
 
 def _robal(b):
     scores, scores_adv = b.student(b.x), b.student(b.x_adv)
-    constants = robal_constants(len(b.counts))
-    return robal_loss(scores, scores_adv, b.y, b.counts, **constants, beta=b.cfg.beta), scores_adv
+    return robal_loss(scores, scores_adv, b.y, b.counts, **robal_constants(len(b.counts)), beta=b.cfg.beta), scores_adv
 
 
 def _reat(b):
@@ -1572,21 +1570,15 @@ def _clean_log_p(frozen, x, counts, predicted):
         return F.log_softmax(frozen(x), 1)
 
 
-def _reat_weights(frozen, x, counts, predicted):
-    return reat_class_weights(counts, predicted)
-
-
 # Published settings: robust_overfitting (pgd-at), the methods' own repositories (others). RoBal with the step
 # decay at 60 and 75 of its configuration files, not the compounding one that its released code runs.
 # fmt: off
 CE, LT = cross_entropy_objective, ("cifar10", "cifar100")
 METHODS = {
     "natural": Method(_pgd_at, None, "none", 1),
-    "pgd-at":  Method(_pgd_at, CE, "uniform", 1, official_data=LT,
-                      official=dict(epochs=200, milestones="0.5,0.75")),
+    "pgd-at":  Method(_pgd_at, CE, "uniform", 1, official_data=LT, official=dict(epochs=200, milestones="0.5,0.75")),
     # in bf16 TRADES' attack loses 6 % of its strength: next to x its gradient is small against the rounding
-    "trades":  Method(_trades, kl_objective, "gauss", 2, _clean_log_p, low_precision=False,
-                      official_data=("cifar10",),
+    "trades":  Method(_trades, kl_objective, "gauss", 2, _clean_log_p, low_precision=False, official_data=("cifar10",),
                       official=dict(epochs=76, milestones=f"{74 / 76}", weight_decay=2e-4)),
     "mart":    Method(_mart, CE, "gauss", 2, official_data=("cifar10",),
                       official=dict(epochs=120, milestones=f"{74 / 120},{89 / 120},{99 / 120}", lr=0.01,
@@ -1595,8 +1587,8 @@ METHODS = {
                       official=dict(epochs=200, milestones="0.5,0.75")),
     "robal":   Method(_robal, CE, "gauss", 2, head="cosine", official_data=LT,
                       official=dict(epochs=80, milestones="0.75,0.9375", batch_size=64, weight_decay=2e-4)),
-    "reat":    Method(_reat, weighted_objective, "uniform", 1, _reat_weights, official_data=LT,
-                      official=dict(epochs=80, milestones="0.75,0.9375")),
+    "reat":    Method(_reat, weighted_objective, "uniform", 1, lambda frozen, x, *known: reat_class_weights(*known),
+                      official_data=LT, official=dict(epochs=80, milestones="0.75,0.9375")),
     "at-bsl":  Method(_at_bsl, CE, "gauss", 1, official_data=(*LT, "tinyimagenet"),
                       official=dict(milestones="0.74,0.89,0.99")),
     "ltsd":    Method(_ltsd, CE, "gauss", 2, teacher=True, official_data=(*LT, "tinyimagenet")),
