@@ -3411,7 +3411,7 @@ class SavedState(dict):
 
     def __setitem__(self, name, found):
         super().__setitem__(name, found)
-        write_atomic(self.path, {"key": self.key, "state": dict(self)}, RANK)
+        write_atomic(self.path, {"key": self.key, "state": dict(self)}, rank=RANK)
 
 
 def stage_eval(cfg, run, data):
