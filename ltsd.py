@@ -1776,8 +1776,8 @@ def _fast_versions(cfg, phase, model):
         frozen.speed_up(len(range(RANK, phase.batch_size, WORLD)), EVAL_BATCH)
         exact.speed_up(EVAL_BATCH)
     if WORLD > 1:
-        # broadcast, the second forward of a step would begin with rank 0's buffers; average_buffers ends the step
-        student = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+        student = nn.parallel.DistributedDataParallel(student)
+        student.broadcast_buffers = False  # a second forward would begin with rank 0's; average_buffers ends the step
     return student, frozen, exact
 
 
