@@ -989,16 +989,10 @@ if HAS_TRITON:
 
     @triton.jit
     def _pgd_step_kernel(
-        x_adv_ptr,  # float32 [n], read and overwritten
-        grad_ptr,  # float32, bfloat16 or float16 [n]
-        x_ptr,  # float32 [n]
-        low_ptr,  # any float type [n], written only if HAS_LOW
-        n,
-        step_size,
-        eps,
-        HAS_LOW: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
+        x_adv_ptr, grad_ptr, x_ptr, low_ptr, n, step_size, eps, HAS_LOW: tl.constexpr, BLOCK: tl.constexpr
+    ):  # fmt: skip
+        # All [n]: x_adv float32, overwritten; grad float32, bfloat16 or float16; x float32; low any float type, written
+        # only if HAS_LOW
         offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < n
         x_adv = tl.load(x_adv_ptr + offsets, mask=mask)
@@ -1036,10 +1030,9 @@ def pgd_step(x_adv, grad, x, step_size, eps, out_low=None) -> torch.Tensor:
     if HAS_TRITON and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         n, low = x.numel(), x_adv if out_low is None else out_low
         if n:
-            with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-                flags = dict(HAS_LOW=out_low is not None, BLOCK=STEP_BLOCK)
-                grid = (triton.cdiv(n, STEP_BLOCK),)
-                _pgd_step_kernel[grid](x_adv, grad, x, low, n, step_size, eps, **flags)
+            with torch.cuda.device_of(x):
+                kernel = _pgd_step_kernel[(triton.cdiv(n, STEP_BLOCK),)]
+                kernel(x_adv, grad, x, low, n, step_size, eps, out_low is not None, STEP_BLOCK)
         return x_adv
     x_adv.copy_(pgd_step_reference(x_adv, grad, x, step_size, eps))
     if out_low is not None:
@@ -1049,8 +1042,7 @@ def pgd_step(x_adv, grad, x, step_size, eps, out_low=None) -> torch.Tensor:
 
 def _dense_strides(t):
     """The strides of the sides longer than 1; ValueError where elements overlap or leave gaps."""
-    pairs = zip(t.stride(), t.shape, strict=True) if t.numel() else ()
-    expected, sides = 1, [(stride, side) for stride, side in pairs if side > 1]
+    expected, sides = 1, [(stride, side) for stride, side in zip(t.stride(), t.shape) if side > 1 and t.numel()]
     for stride, side in sorted(sides):
         if stride != expected:
             raise ValueError(f"shape {tuple(t.shape)}, strides {t.stride()} is not dense: call .contiguous()")
@@ -1087,74 +1079,65 @@ class FrozenCopy(nn.Module):
         super().__init__()
         self.net, self.dtype = copy.deepcopy(model).eval().requires_grad_(False), dtype
         self.compiled, self.sizes, self.runners, self.capture = None, (), {}, None
-        self.still = torch.zeros((), dtype=torch.bool, device=next(model.parameters()).device)
-        self.folded, self.affine, modules, norms = [], [], dict(model.named_modules()), set()
+        self.still = torch.zeros((), dtype=torch.bool, device=next(model.parameters()).device)  # see _ascend
+        modules = dict(model.named_modules())
+        folded, alone = {}, {}  # batch norms: the convolution that absorbs each; what stands for each other one
         for name, module in modules.items():
             for pair in getattr(module, "folds", ()):
                 conv, norm = (f"{name}.{part}".lstrip(".") for part in pair)
                 if norm in modules:
                     own = self.net.get_submodule(conv)
                     own.bias = nn.Parameter(own.weight.new_zeros(own.out_channels), requires_grad=False)
-                    self._replace(norm, nn.Identity())
-                    self.folded.append((own, modules[conv], modules[norm]))
-                    norms |= {conv, norm}
+                    self.net.set_submodule(norm, nn.Identity())
+                    folded[norm] = conv
         for name, module in modules.items():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and name not in norms:
-                self._replace(name, ChannelAffine(module))
-                self.affine.append((self.net.get_submodule(name), module))
-                norms.add(name)
-        self.plain = [(n, p) for n, p in model.named_parameters() if n.rpartition(".")[0] not in norms]
-        self.plain = [(self.net.get_parameter(n), p) for n, p in self.plain]
-        for module in self.net.modules():
-            if isinstance(module, nn.Conv2d):
-                module.to(dtype)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and name not in folded:
+                alone[name] = ChannelAffine(module)
+                self.net.set_submodule(name, alone[name])
+            elif isinstance(module, nn.Conv2d):
+                self.net.get_submodule(name).to(dtype)
+        taken = {*folded, *folded.values(), *alone}
+        rest = {n: p for n, p in model.named_parameters() if n.rpartition(".")[0] not in taken}
+        # what `refresh` reads, and where it goes
+        self.convs, self.rest = [modules[conv] for conv in folded.values()], list(rest.values())
+        self.norms = [modules[norm] for norm in (*folded, *alone)]
+        own = [self.net.get_submodule(conv) for conv in folded.values()]
+        self.targets = [conv.weight for conv in own] + [conv.bias for conv in own]
+        self.targets += [affine.scale for affine in alone.values()] + [affine.shift for affine in alone.values()]
+        self.targets += [self.net.get_parameter(name) for name in rest]
         self.refresh()
-
-    def _replace(self, name, module):
-        parent, _, child = name.rpartition(".")
-        setattr(self.net.get_submodule(parent), child, module)
 
     @torch.no_grad()
     def refresh(self):
         """Take over the source's present weights and running statistics: w' = w s, b' = beta - mean s, with s = weight
         / sqrt(var + eps), for all layers in a handful of multi-tensor operations."""
-        norms = [norm for *_, norm in self.folded] + [norm for _, norm in self.affine]
-        scale = torch._foreach_add([norm.running_var for norm in norms], norms[0].eps)
+        scale = torch._foreach_add([norm.running_var for norm in self.norms], self.norms[0].eps)
         torch._foreach_sqrt_(scale)
-        scale = torch._foreach_div([norm.weight for norm in norms], scale)
-        shift = torch._foreach_mul([norm.running_mean for norm in norms], scale)
-        shift = torch._foreach_sub([norm.bias for norm in norms], shift)
-        k = len(self.folded)
-        pairs = zip((conv for _, conv, _ in self.folded), scale, strict=False)
-        weights = [conv.weight * s.view(-1, 1, 1, 1) for conv, s in pairs]
-        targets = [own.weight for own, *_ in self.folded] + [own.bias for own, *_ in self.folded]
-        targets += [a.scale for a, _ in self.affine] + [a.shift for a, _ in self.affine]
-        targets += [own for own, _ in self.plain]
-        rest = [s.view(-1, 1, 1) for s in scale[k:] + shift[k:]] + [source for _, source in self.plain]
-        sources = weights + list(shift[:k]) + rest
-        for kind in {t.dtype for t in targets}:  # a mixed list would lose the fused path
-            pairs = [(t, v) for t, v in zip(targets, sources, strict=True) if t.dtype == kind]
-            torch._foreach_copy_([t for t, _ in pairs], [v for _, v in pairs])
+        scale = torch._foreach_div([norm.weight for norm in self.norms], scale)
+        shift = torch._foreach_mul([norm.running_mean for norm in self.norms], scale)
+        shift = torch._foreach_sub([norm.bias for norm in self.norms], shift)
+        k = len(self.convs)
+        sources = [conv.weight * s.view(-1, 1, 1, 1) for conv, s in zip(self.convs, scale)] + list(shift[:k])
+        sources += [s.view(-1, 1, 1) for s in (*scale[k:], *shift[k:])] + self.rest
+        for kind in {t.dtype for t in self.targets}:  # a mixed list would lose the fused path
+            pairs = [(t, v) for t, v in zip(self.targets, sources, strict=True) if t.dtype == kind]
+            torch._foreach_copy_(*map(list, zip(*pairs)))
         return self
 
     def train(self, mode=True):
         """Stays in eval mode whatever its owner does."""
         return super().train(False)
 
-    def speed_up(self, *sizes, capture=None):
+    def speed_up(self, *sizes):
         """Compile the forward for batches of these sizes; on CUDA also capture whole attacks as graphs."""
         self.compiled, self.sizes = torch.compile(self.net, dynamic=False), sizes
-        on_cuda = next(self.net.parameters()).is_cuda
-        self.capture = capture or (capture_cuda_graph if on_cuda else None)
+        self.capture = capture_cuda_graph if self.still.is_cuda else None
         return self
 
     def runner(self, *settings):
-        """The GraphRunner of the attack with these settings (see _ascend)."""
-        if self.capture is None:
-            return functools.partial(_ascend, self, *settings)
-        if settings not in self.runners:
-            self.runners[settings] = GraphRunner(functools.partial(_ascend, self, *settings), self.capture)
-        return self.runners[settings]
+        """What ascends with these settings (see _ascend): a GraphRunner where graphs are to be had."""
+        fn = functools.partial(_ascend, self, *settings)
+        return self.runners.setdefault(settings, GraphRunner(fn, self.capture)) if self.capture else fn
 
     def forward(self, x):
         net = self.compiled if len(x) in self.sizes else self.net
@@ -1182,21 +1165,21 @@ def capture_cuda_graph(fn, inputs):
 class GraphRunner:
     """fn(*tensors) replayed on static buffers: one launch in the place of hundreds.
 
-    The first call's shapes are captured; later calls of those shapes copy their tensors into the buffers and replay,
-    other shapes (an epoch's last batch) go to fn itself. The result is valid until the next call. capture(fn, buffers)
-    -> (replay, result); None: always fn itself.
+    The first call's shapes are captured, and those of a later call with more in its first tensor (a run may go on with
+    an epoch's last, smaller batch); calls of these shapes copy their tensors into the buffers and replay, others go to
+    fn itself. The result is valid until the next call. capture(fn, buffers) -> (replay, result).
     """
 
-    def __init__(self, fn, capture=None):
-        self.fn, self.capture, self.key = fn, capture, None
+    def __init__(self, fn, capture):
+        self.fn, self.capture, self.key, self.buffers = fn, capture, None, [torch.empty(0)]
 
     def __call__(self, *inputs):
         key = [(t.shape, t.dtype, t.stride()) for t in inputs]
-        if self.capture is None or self.key not in (None, key):
-            return self.fn(*inputs)
-        if self.key is None:
+        if inputs[0].numel() > self.buffers[0].numel():
             self.key, self.buffers = key, [t.clone() for t in inputs]
             self.replay, self.result = self.capture(self.fn, self.buffers)
+        elif key != self.key:
+            return self.fn(*inputs)
         torch._foreach_copy_(self.buffers, list(inputs))
         self.replay()
         return self.result
@@ -1249,32 +1232,26 @@ def pgd_attack(
     if not (eps >= 0 and step_size >= 0 and steps >= 0 and known):
         given = f"eps {eps}, step_size {step_size}, steps {steps}, init {init!r}"
         raise ValueError(f"{given}: want numbers >= 0 and one of uniform, gauss, none")
-    objective = objective or cross_entropy_objective
-    if isinstance(model, FrozenCopy):  # the training loop's way in: nothing to check, nothing to protect
-        return _pgd(model, x, y, eps, step_size, steps, init, objective, aux, generator)
-    check_images(x, y)
-    x = torch.empty_like(x).copy_(x)  # a view with gaps becomes a dense tensor
-    with eval_mode(FrozenCopy(model) if isinstance(model, Net) else model) as forward:
-        return _pgd(forward, x, y, eps, step_size, steps, init, objective, aux, generator)
-
-
-def _pgd(forward, x, y, eps, step_size, steps, init, objective, aux, generator):
-    """pgd_attack without its checks: draw the start, then ascend."""
+    context = contextlib.nullcontext(model)  # a FrozenCopy, the training loop's way in: nothing to check or protect
+    if not isinstance(model, FrozenCopy):
+        check_images(x, y)
+        x = torch.empty_like(x).copy_(x)  # a view with gaps becomes a dense tensor
+        context = eval_mode(FrozenCopy(model) if isinstance(model, Net) else model)
     x, noise = x.detach(), init if torch.is_tensor(init) else start_noise(x, init, eps, generator)
     start = pgd_step_reference(x + noise, torch.zeros_like(x), x, 0.0, eps)
-    inputs, settings = [x, y, start] + ([] if aux is None else [aux]), (objective, eps, step_size, steps)
-    if isinstance(forward, FrozenCopy):
-        return forward.runner(*settings)(*inputs)
-    return _ascend(forward, *settings, *inputs)
+    with context as forward:
+        settings = (objective or cross_entropy_objective, eps, step_size, steps)
+        frozen = isinstance(forward, FrozenCopy)
+        ascend = forward.runner(*settings) if frozen else functools.partial(_ascend, forward, *settings)
+        return ascend(x, y, start, *([] if aux is None else [aux]))
 
 
 def start_noise(x, init, eps, generator):
     """pgd_attack's start noise for float32 images x, a tensor like it; init and generator as there."""
     noise = torch.zeros_like(x)
-    if init != "none":
-        draw, spread = (noise.uniform_, (-eps, eps)) if init == "uniform" else (noise.normal_, (0, 1e-3))
-        draw(*spread, generator=generator)
-    return noise
+    if init == "uniform":
+        return noise.uniform_(-eps, eps, generator=generator)
+    return noise if init == "none" else noise.normal_(0, 1e-3, generator=generator)
 
 
 def _ascend(forward, objective, eps, step_size, steps, x, y, start, aux=None):
@@ -1291,7 +1268,7 @@ def _ascend(forward, objective, eps, step_size, steps, x, y, start, aux=None):
         if grad.stride() != x.stride():
             grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
         pgd_step(x_adv, grad, x, step_size, eps, low)
-    if isinstance(forward, FrozenCopy) and steps and step_size and eps:  # has no pixel of the batch moved?
+    if isinstance(forward, FrozenCopy):  # has no pixel of the batch moved?
         forward.still.copy_((x_adv == start).all())
     return x_adv
 
@@ -1448,14 +1425,13 @@ def _pgd_at(b):
     return F.cross_entropy(logits, b.y), logits
 
 
-def _trades(b):
+def _trades(b, loss=trades_loss):
     logits, logits_adv = b.student(b.x), b.student(b.x_adv)
-    return trades_loss(logits, logits_adv, b.y, b.cfg.beta), logits_adv
+    return loss(logits, logits_adv, b.y, b.cfg.beta), logits_adv
 
 
 def _mart(b):
-    logits, logits_adv = b.student(b.x), b.student(b.x_adv)
-    return mart_loss(logits, logits_adv, b.y, b.cfg.beta), logits_adv
+    return _trades(b, mart_loss)
 
 
 def robal_constants(num_classes) -> dict:
@@ -1479,8 +1455,7 @@ def with_evaluation_head(model, counts, tau_p=1.7) -> nn.Module:
 
 def _robal(b):
     scores, scores_adv = b.student(b.x), b.student(b.x_adv)
-    constants = robal_constants(len(b.counts))
-    return robal_loss(scores, scores_adv, b.y, b.counts, **constants, beta=b.cfg.beta), scores_adv
+    return robal_loss(scores, scores_adv, b.y, b.counts, **robal_constants(len(b.counts)), beta=b.cfg.beta), scores_adv
 
 
 def _reat(b):
@@ -1539,21 +1514,15 @@ def _clean_log_p(frozen, x, counts, predicted):
         return F.log_softmax(frozen(x), 1)
 
 
-def _reat_weights(frozen, x, counts, predicted):
-    return reat_class_weights(counts, predicted)
-
-
 # Published settings: robust_overfitting (pgd-at), the methods' own repositories (others). RoBal with the step
 # decay at 60 and 75 of its configuration files, not the compounding one that its released code runs.
 # fmt: off
 CE, LT = cross_entropy_objective, ("cifar10", "cifar100")
 METHODS = {
     "natural": Method(_pgd_at, None, "none", 1),
-    "pgd-at":  Method(_pgd_at, CE, "uniform", 1, official_data=LT,
-                      official=dict(epochs=200, milestones="0.5,0.75")),
+    "pgd-at":  Method(_pgd_at, CE, "uniform", 1, official_data=LT, official=dict(epochs=200, milestones="0.5,0.75")),
     # in bf16 TRADES' attack loses 6 % of its strength: next to x its gradient is small against the rounding
-    "trades":  Method(_trades, kl_objective, "gauss", 2, _clean_log_p, low_precision=False,
-                      official_data=("cifar10",),
+    "trades":  Method(_trades, kl_objective, "gauss", 2, _clean_log_p, low_precision=False, official_data=("cifar10",),
                       official=dict(epochs=76, milestones=f"{74 / 76}", weight_decay=2e-4)),
     "mart":    Method(_mart, CE, "gauss", 2, official_data=("cifar10",),
                       official=dict(epochs=120, milestones=f"{74 / 120},{89 / 120},{99 / 120}", lr=0.01,
@@ -1562,8 +1531,8 @@ METHODS = {
                       official=dict(epochs=200, milestones="0.5,0.75")),
     "robal":   Method(_robal, CE, "gauss", 2, head="cosine", official_data=LT,
                       official=dict(epochs=80, milestones="0.75,0.9375", batch_size=64, weight_decay=2e-4)),
-    "reat":    Method(_reat, weighted_objective, "uniform", 1, _reat_weights, official_data=LT,
-                      official=dict(epochs=80, milestones="0.75,0.9375")),
+    "reat":    Method(_reat, weighted_objective, "uniform", 1, lambda frozen, x, *known: reat_class_weights(*known),
+                      official_data=LT, official=dict(epochs=80, milestones="0.75,0.9375")),
     "at-bsl":  Method(_at_bsl, CE, "gauss", 1, official_data=(*LT, "tinyimagenet"),
                       official=dict(milestones="0.74,0.89,0.99")),
     "ltsd":    Method(_ltsd, CE, "gauss", 2, teacher=True, official_data=(*LT, "tinyimagenet")),
@@ -1636,19 +1605,17 @@ def load_weights(model, path):
     Accepts a bare state_dict or one under 'state_dict', 'model' or 'net', prefixes 'module.' and '_orig_mod.', and the
     unused 'sub_block1' of public WRNs. UserError where names or shapes do not fit, or weights are not finite.
     """
-    saved = weights = read_checkpoint(path)
-    if isinstance(saved, dict):
-        inner = [saved[k] for k in ("state_dict", "model", "net") if isinstance(saved.get(k), dict)]
-        weights = (inner or [saved])[0]
-    named = weights.items() if isinstance(weights, dict) else [(None, None)]
-    if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in named):
+    saved = read_checkpoint(path)
+    weights = saved if isinstance(saved, dict) else {None: None}
+    inner = [weights[k] for k in ("state_dict", "model", "net") if isinstance(weights.get(k), dict)]
+    weights = (inner or [weights])[0]
+    if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
         raise UserError(f"{path} holds no state_dict: want one, bare or under 'state_dict', 'model' or 'net'")
-    weights = {k.replace("module.", "").replace("_orig_mod.", ""): v for k, v in named}
+    weights = {k.replace("module.", "").replace("_orig_mod.", ""): v for k, v in weights.items()}
     weights = {k: v for k, v in weights.items() if not k.startswith("sub_block1")}
-    own = model.state_dict()
-    own = {k: v for k, v in own.items() if not k.endswith("num_batches_tracked") or k in weights}
+    own = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked") or k in weights}
     wrong = sorted(own.keys() ^ weights.keys())
-    both = [(k, own[k], weights[k]) for k in own if k in weights]
+    both = [(k, v, weights[k]) for k, v in own.items() if k in weights]
     wrong += [k for k, a, b in both if a.shape != b.shape or a.is_floating_point() != b.is_floating_point()]
     if wrong:
         many = f"{len(wrong)} names or shapes differ, the first is {wrong[0]}"
@@ -1687,8 +1654,8 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
     """Train a Net as `phase` and `cfg` say, going on from the run's state.pt where that belongs to this phase.
 
     data: Data on the training device; run: Run; teacher: images -> logits. Saves state.pt after every epoch and best.pt
-    at every new best; also in the middle of an epoch for a signal, and before an epoch that may become the best is
-    evaluated. UserError when the loss is no longer finite or no attack moves; the last complete epoch stays saved.
+    at every new best; one process also in the middle of an epoch for a signal, and before an epoch that may become the
+    best is evaluated. UserError when the loss is no longer finite or no attack moves; the last complete epoch stays.
 
     Under torchrun every rank takes its share of the very batches, augmentation and noise that one process would draw,
     and a step's gradient is the mean over the whole batch. What differs: without sync_bn batch statistics are a
@@ -1700,6 +1667,7 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
     counts = torch.tensor(phase.counts, dtype=torch.float32, device=device)
     predicted = at["predicted"].to(device)  # per class, in the epoch before; the counts in the first
     threat = dict(eps=cfg.eps / 255, step_size=cfg.step_size / 255, steps=cfg.steps, objective=row.objective)
+    meant = all(threat.values())  # to move pixels, that is
     milestones = [float(share) for share in cfg.milestones.split(",")]
     steps = math.ceil(len(phase.indices) / phase.batch_size)
 
@@ -1711,13 +1679,14 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
     for epoch in range(at["epoch"] + 1, phase.epochs + 1):
         begun, selecting = streams["order"].get_state(), phase.select and epoch >= selection_starts(phase.epochs)
         watch, lr = Watch(device, phase, epoch, steps, at["middle"]), lr_at(epoch, phase.epochs, cfg.lr, milestones)
+        first = watch.step  # not 0 where a signal has ended this epoch before
         for group in optimizer.param_groups:
             group["lr"] = lr
         order = phase.indices[torch.randperm(len(phase.indices), generator=streams["order"])].to(device)
         images = augment(data.train_images[order], cfg.aug, streams["order"])
         labels = data.train_labels[order]
-        SIGNALS.wait = WORLD == 1 and watch.step < steps
-        for i in range(watch.step, steps):
+        SIGNALS.wait = WORLD == 1 and first < steps
+        for i in range(first, steps):
             part = slice(i * phase.batch_size, (i + 1) * phase.batch_size)
             whole = to_float(images[part])
             rows, weight = share(len(whole))
@@ -1727,12 +1696,12 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
             if row.objective:
                 noise = start_noise(whole, row.init, threat["eps"], streams["noise"])[rows]
                 x_adv = pgd_attack(frozen, x, y, aux=aux, init=noise, **threat)
-            if i == 0:
+            if i == first:
                 gather(None)  # wait here for who compiles, captures or writes files, not a minute inside the step
             batch = Batch(student, x, x_adv, y, counts, cfg, cfg.alpha * epoch / phase.epochs, teacher)
             loss, logits = _outer_step(row, batch, model, optimizer, scaler, weight)
             seen = len(y) if weight else 0
-            watch.add(i, loss, logits[:seen], y[:seen], frozen.still & bool(row.objective))
+            watch.add(i, loss, logits[:seen], y[:seen], frozen.still & meant)
             run.estimate(phase, i, len(whole))
             if WORLD == 1 and (SIGNALS.number or (selecting and i + 1 == steps)):  # selection must not cost the epoch
                 save(begun, middle=watch.state())
@@ -1773,16 +1742,12 @@ def _fast_versions(cfg, phase, model):
 
 def _outer_step(row, batch, model, optimizer, scaler, weight=1.0):
     """The optimiser's step on a batch whose mean loss counts `weight`; returns (loss, logits at x'), detached."""
-    amp, kind = batch.cfg.amp, batch.x.device.type
+    amp = batch.cfg.amp
+    outer = torch.autocast(batch.x.device.type, AMP_DTYPE[amp], enabled=amp != "off")(row.loss)
     model.train()
-
-    def outer():
-        with torch.autocast(kind, AMP_DTYPE[amp], enabled=amp != "off"):
-            return row.loss(batch)
-
     ascent = weight * (128 if amp == "fp16" else 1)  # only the direction counts, and fp16 needs it larger
-    with awp_perturbation(model, lambda: outer()[0] * ascent, row.awp):
-        loss, logits = outer()
+    with awp_perturbation(model, lambda: outer(batch)[0] * ascent, row.awp):
+        loss, logits = outer(batch)
         optimizer.zero_grad()
         scaler.scale(loss * weight).backward()
         scaler.step(optimizer)
@@ -1807,13 +1772,13 @@ def _start(cfg, phase, data, run, device):
         torch.manual_seed(derive_seed(cfg.seed, phase.name, "weights"))
         model = build_model(cfg.arch, len(data.classes), METHODS[phase.method].head).to(device)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cfg.sync_bn else model
-    fused = device.type == "cuda" and cfg.amp != "fp16"  # a skipped fp16 step would leave fused momentum unset
+    # a skipped fp16 step would leave fused momentum unset; unfused, its scaler reads the device in every step
+    fused = device.type == "cuda" and cfg.amp != "fp16"
     options = dict(momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=fused)
     optimizer = torch.optim.SGD(model.parameters(), cfg.lr, **options)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
-    streams = {"order": torch.Generator(), "noise": torch.Generator(device)}
-    for name, generator in streams.items():
-        generator.manual_seed(derive_seed(cfg.seed, phase.name, name))
+    places = {"order": "cpu", "noise": device}
+    streams = {k: torch.Generator(v).manual_seed(derive_seed(cfg.seed, phase.name, k)) for k, v in places.items()}
     counts = torch.tensor(phase.counts, dtype=torch.float64)
     at = {"epoch": 0, "best": None, "seconds": 0.0, "predicted": counts}  # after the epochs that are complete
     at |= {"dull": 0, "row": "", "middle": {}}  # epochs at chance, last line of the log, a begun epoch's Watch
@@ -1872,9 +1837,8 @@ class Watch:
         self.step = step + 1
         first_bad = (~torch.isfinite(loss) & (self.total[3] == 0)) * (step + 1.0)
         guess, seen = logits.argmax(1), torch.full_like(loss, len(y))
-        correct = (guess == y).sum()
         self.predicted.index_add_(0, guess, torch.ones_like(guess, dtype=torch.float64))
-        self.total += torch.stack([loss * len(y), correct, seen, first_bad, still])
+        self.total += torch.stack([loss * seen, (guess == y).sum(), seen, first_bad, still])
         if (step + 1) % SYNC_EVERY == 0:
             loss, _ = self.read()
             if sys.stderr.isatty() and not RANK:
@@ -1888,7 +1852,9 @@ class Watch:
         """(mean loss, accuracy in percent) of all ranks so far; UserError if a loss was not finite, no attack moved."""
         *sums, bad, still = zip(*gather(self.total.tolist()), strict=True)
         loss, correct, seen = map(sum, sums)
-        if any(bad) or sum(still) == self.step * WORLD:
+        # a signal may come after a step or two, of very sure images: too few to tell
+        stuck = self.step >= min(SYNC_EVERY, self.steps) and sum(still) == self.step * WORLD
+        if any(bad) or stuck:
             what = "the loss was not finite" if any(bad) else "the attack's gradient was zero for every image"
             where = f"{self.phase.name}, epoch {self.epoch}, step {min(filter(None, bad), default=self.step):.0f}"
             raise UserError(f"{what} ({where}); the epoch before is saved: try a lower --lr")
@@ -3368,7 +3334,7 @@ class SavedState(dict):
 
     def __setitem__(self, name, found):
         super().__setitem__(name, found)
-        write_atomic(self.path, {"key": self.key, "state": dict(self)}, RANK)
+        write_atomic(self.path, {"key": self.key, "state": dict(self)}, rank=RANK)
 
 
 def stage_eval(cfg, run, data):

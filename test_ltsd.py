@@ -923,8 +923,8 @@ def test_fp16_attack_keeps_the_sign_of_tiny_gradients():
             return torch.stack([(x.flatten(1) * w).sum(1).float() + 14, torch.zeros(len(x))], 1)
 
     x, y = torch.full((128, 1, 4, 4), 0.5), torch.zeros(128, dtype=torch.int64)
-    threat = (0.1, 0.05, 1, "none", ltsd.cross_entropy_objective, None, None)
-    fast, exact = (ltsd._pgd(Confident(d), x, y, *threat) for d in (torch.float16, torch.float32))
+    threat = dict(eps=0.1, step_size=0.05, steps=1, init="none")
+    fast, exact = (ltsd.pgd_attack(Confident(d), x, y, **threat) for d in (torch.float16, torch.float32))
     assert torch.equal(fast, exact) and (fast != x).float().mean() > 0.9
 
 
@@ -973,6 +973,14 @@ def test_graph_runner_captures_once_and_refills_every_buffer(with_aux):
         ltsd.pgd_attack(net, x, y, generator=torch.Generator().manual_seed(1), **threat) for net in (eager, graphed)
     )
     assert torch.equal(one, two) and double.captures == 1
+
+
+def test_a_run_that_goes_on_with_a_small_batch_captures_the_whole_ones_too():
+    double = Double()
+    runner = ltsd.GraphRunner(lambda t, u: t + u, double)
+    for n in (3, 8, 3, 8, 0, 8):
+        assert runner(torch.arange(n), torch.ones(n)).tolist() == list(range(1, n + 1))
+    assert (double.captures, double.replays) == (2, 4)  # the first 3 and every 8
 
 
 def test_a_stale_buffer_would_be_noticed(monkeypatch):
@@ -3678,6 +3686,11 @@ def test_an_attack_without_any_gradient_stops_the_run(tmp_path, capsys, monkeypa
         assert ltsd.main([*args, "--ir", "1", "--batch-size", "1", "--out", str(tmp_path / "b")]) == 2
         assert "(student, epoch 1, step 50)" in capsys.readouterr().err
     with_objective(monkeypatch, lambda step: step % 3 == 1)  # single batches of very sure images are no fault
+    with monkeypatch.context() as m:  # not even where a signal ends the run after the first one
+        m.setattr(
+            ltsd.Watch, "add", lambda *a, add=ltsd.Watch.add: (add(*a), ltsd.SIGNALS.arrive(signal.SIGTERM, None))
+        )
+        assert ltsd.main([*args, "--out", str(tmp_path / "c")]) == 143
     assert ltsd.main([*args, "--out", str(tmp_path / "c")]) == 0
 
 
@@ -3932,6 +3945,14 @@ def test_shares_make_up_the_batch(monkeypatch):
             mean += weight * values[rows].mean() / 4
             seen += torch.arange(n)[rows].tolist() if weight else []
         assert sorted(seen) == list(range(n)) and abs(mean - values.mean()) < 1e-12
+
+
+def test_every_rank_saves_its_share_of_autoattack(tmp_path, monkeypatch):
+    monkeypatch.setattr(ltsd, "RANK", 1)
+    ltsd.SavedState(tmp_path / "aa1.pt", "key")["apgd-ce"] = {"rows": torch.arange(2)}
+    assert ltsd.SavedState(tmp_path / "aa1.pt", "key")["apgd-ce"]["rows"].tolist() == [0, 1]
+    ltsd.write_atomic(tmp_path / "report.md", "rank 0's")
+    assert [p.name for p in tmp_path.iterdir()] == ["aa1.pt"]
 
 
 def test_synchronised_norms_are_folded_too():
