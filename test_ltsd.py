@@ -68,7 +68,7 @@ def _seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def _as_in_a_terminal():
     """A job in the background starts with SIGINT (nohup: SIGHUP) ignored, and hands that down to its children."""
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
