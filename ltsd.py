@@ -453,10 +453,10 @@ def long_tail_indices(labels, counts) -> np.ndarray:
     ascending positions in turn; the first n_c stay. Returns int64 [sum(counts)] and touches no global generator.
     ValueError where a class has too few images.
     """
-    labels, rng, chosen = np.asarray(labels), np.random.RandomState(0), []
+    labels, rng, chosen = np.asarray(labels), np.random.RandomState(0), [np.empty(0, np.int64)]
     for c, wanted in enumerate(counts):
         members = np.flatnonzero(labels == c)
-        if len(members) < wanted:
+        if not 0 <= wanted <= len(members):
             raise ValueError(f"class {c} has {len(members)} images, {wanted} are wanted: lower n_max or ir")
         rng.shuffle(members)
         chosen.append(members[:wanted])
@@ -469,16 +469,18 @@ def balanced_indices(labels, per_class, seed) -> np.ndarray:
 
     labels: int array [N] with classes 0..C-1; per_class: int >= 1. Large classes are thinned without replacement; small
     ones repeated whole, the remainder drawn without replacement. Returns int64 [C*per_class]. ValueError for per_class
-    < 1 or an empty class.
+    < 1, an empty class, labels that are no whole numbers >= 0.
     """
     labels, rng, chosen = np.asarray(labels), np.random.default_rng(seed), [np.empty(0, np.int64)]
-    if per_class < 1:
-        raise ValueError(f"per_class {per_class}: must be at least 1")
-    for c in range(labels.max() + 1 if len(labels) else 0):
+    if per_class < 1 or per_class != int(per_class):
+        raise ValueError(f"per_class {per_class}: must be a whole number of at least 1")
+    if len(labels) and (labels.dtype.kind not in "iu" or labels.min() < 0):
+        raise ValueError(f"labels are {labels.dtype}, the least {labels.min()}: want integers from 0")
+    for c in range(int(labels.max()) + 1 if len(labels) else 0):
         members = np.flatnonzero(labels == c)
         if not len(members):
             raise ValueError(f"class {c} has no image to resample")
-        whole, rest = divmod(per_class, len(members))
+        whole, rest = divmod(int(per_class), len(members))
         chosen += [np.tile(members, whole), rng.choice(members, rest, replace=False)]
     return np.concatenate(chosen)
 
@@ -1034,7 +1036,8 @@ def pgd_step(x_adv, grad, x, step_size, eps, out_low=None) -> torch.Tensor:
                 kernel = _pgd_step_kernel[(triton.cdiv(n, STEP_BLOCK),)]
                 kernel(x_adv, grad, x, low, n, step_size, eps, out_low is not None, STEP_BLOCK)
         return x_adv
-    x_adv.copy_(pgd_step_reference(x_adv, grad, x, step_size, eps))
+    with torch.no_grad():
+        x_adv.copy_(pgd_step_reference(x_adv, grad, x, step_size, eps))
     if out_low is not None:
         out_low.copy_(x_adv)
     return x_adv
@@ -1222,22 +1225,23 @@ def pgd_attack(
     """L-inf PGD (Madry et al. 2018): signed gradient ascent of `objective` inside the eps-ball and [0,1].
 
     model: any nn.Module with inputs in [0,1], run in eval mode and left as it was (mode, buffers, gradients); a Net is
-    replaced by its FrozenCopy, a FrozenCopy taken as it is. x: float32 [N,C,H,W] in [0,1]; y: int64 [N]; eps, step_size
-    >= 0: fractions of the pixel range; steps >= 0. init: 'uniform' U(-eps,eps), 'gauss' 0.001*N(0,1) as in TRADES,
-    'none', or the noise itself, a tensor like x; the start is clipped to the ball and to [0,1]. objective(logits, y,
-    aux) -> scalar, default mean cross-entropy. generator: of the start noise, on x's device. Returns the last iterate,
-    detached. ValueError for input outside these ranges.
+    replaced by its FrozenCopy, a FrozenCopy taken as it is. x: float32 [N,C,H,W] in [0,1]; y: int64 [N]; eps,
+    step_size: fractions of the pixel range, in [0,1]; steps >= 0. init: 'uniform' U(-eps,eps), 'gauss' 0.001*N(0,1) as
+    in TRADES, 'none', or the noise itself, a tensor like x; the start is clipped to the ball and to [0,1].
+    objective(logits, y, aux) -> scalar, default mean cross-entropy. generator: of the start noise, on x's device.
+    Returns the last iterate, detached. ValueError for input outside these ranges.
     """
-    known = torch.is_tensor(init) or init in ("uniform", "gauss", "none")
-    if not (eps >= 0 and step_size >= 0 and steps >= 0 and known):
-        given = f"eps {eps}, step_size {step_size}, steps {steps}, init {init!r}"
-        raise ValueError(f"{given}: want numbers >= 0 and one of uniform, gauss, none")
+    noise = init if torch.is_tensor(init) and init.shape == x.shape and init.dtype == torch.float32 else None
+    known = noise is not None or (isinstance(init, str) and init in ("uniform", "gauss", "none"))
+    if not (0 <= eps <= 1 and 0 <= step_size <= 1 and steps >= 0 and known):
+        given = f"eps {eps}, step_size {step_size}, steps {steps}, init {init if isinstance(init, str) else type(init)}"
+        raise ValueError(f"{given}: want eps, step_size in [0,1] (divide by 255?), init uniform, gauss, none or noise")
     context = contextlib.nullcontext(model)  # a FrozenCopy, the training loop's way in: nothing to check or protect
     if not isinstance(model, FrozenCopy):
         check_images(x, y)
         x = torch.empty_like(x).copy_(x)  # a view with gaps becomes a dense tensor
         context = eval_mode(FrozenCopy(model) if isinstance(model, Net) else model)
-    x, noise = x.detach(), init if torch.is_tensor(init) else start_noise(x, init, eps, generator)
+    x, noise = x.detach(), start_noise(x, init, eps, generator) if noise is None else noise
     start = pgd_step_reference(x + noise, torch.zeros_like(x), x, 0.0, eps)
     with context as forward:
         settings = (objective or cross_entropy_objective, eps, step_size, steps)
@@ -1278,29 +1282,47 @@ def _ascend(forward, objective, eps, step_size, steps, x, y, start, aux=None):
 # ==========================================================================================================
 
 
+def _checked(*tensors):
+    """Logits or features of one shape [N,C] -> the same in float32 at least: 1e-12 and counts need its range."""
+    if len({t.shape for t in tensors}) > 1 or tensors[0].ndim != 2:
+        raise ValueError(f"want tensors of one shape [N,C], got {', '.join(str(list(t.shape)) for t in tensors)}")
+    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+
+
+def _class_counts(counts, like, classes):
+    """Training images per class as a tensor [classes] like `like`; ValueError for another length or, where reading them
+    costs no synchronisation, a count below 1."""
+    counts = torch.as_tensor(counts)
+    if list(counts.shape) != [classes] or not (counts.is_cuda or (counts >= 1).all()):
+        said = f"{counts.tolist()}" if counts.numel() < 12 else f"shape {list(counts.shape)}"
+        raise ValueError(f"counts {said}: want {classes} numbers of at least 1, a count for each class")
+    return counts.to(like)
+
+
 def balanced_softmax_loss(logits, y, counts, tau=1.0) -> torch.Tensor:
     """Mean of -log softmax(z + b)[y] with b_c = tau ln n_c (eq. 1; Ren et al. 2020).
 
     logits: float [N,C]; y: int64 [N]; counts: training images per class, C values >= 1. Uniform counts or tau 0 give
     plain cross-entropy. Returns a scalar; ValueError for counts of another length or below 1.
     """
-    counts = torch.as_tensor(counts, dtype=logits.dtype, device=logits.device)
-    if counts.shape != logits.shape[1:]:
-        raise ValueError(f"{len(counts)} counts for {logits.shape[1]} classes")
-    return F.cross_entropy(logits + tau * counts.log(), y)
+    (logits,) = _checked(logits)
+    return F.cross_entropy(logits + tau * _class_counts(counts, logits, logits.shape[1]).log(), y)
 
 
 def igdm_loss(student_plus, student_minus, teacher_plus, teacher_minus) -> torch.Tensor:
     """Indirect gradient distillation: mean KL(softmax(T+ - T-) || softmax(S+ - S-)) (Lee et al. 2023).
 
     Arguments: float logits [N,C] of student and teacher at x+d (plus) and x-d (minus), d = x'-x: differences of logits
-    stand for input gradients. The teacher's are detached; temperature 1. Returns a scalar >= 0.
+    stand for input gradients. The teacher's are detached; temperature 1. Returns a scalar >= 0; ValueError for unlike
+    shapes.
     """
+    _checked(student_plus, student_minus, teacher_plus, teacher_minus)
     return distillation_loss(student_plus - student_minus, teacher_plus - teacher_minus)
 
 
 def distillation_loss(student, teacher) -> torch.Tensor:
     """Mean KL(softmax(teacher) || softmax(student)); float logits [N,C], the teacher's detached."""
+    student, teacher = _checked(student, teacher)
     target = F.log_softmax(teacher.detach(), 1)
     return F.kl_div(F.log_softmax(student, 1), target, reduction="batchmean", log_target=True)
 
@@ -1308,8 +1330,10 @@ def distillation_loss(student, teacher) -> torch.Tensor:
 def trades_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
     """Mean CE(z(x), y) + beta * mean KL(p(x) || p(x')) (TRADES, Zhang et al. 2019); both sides carry gradient.
 
-    logits, logits_adv: float [N,C] at x and x'; y: int64 [N]. beta 0 is cross-entropy. Returns a scalar.
+    logits, logits_adv: float [N,C] at x and x'; y: int64 [N]. beta 0 is cross-entropy. Returns a scalar; ValueError for
+    unlike shapes.
     """
+    logits, logits_adv = _checked(logits, logits_adv)
     clean, adv = F.log_softmax(logits, 1), F.log_softmax(logits_adv, 1)
     return F.cross_entropy(logits, y) + beta * F.kl_div(adv, clean, reduction="batchmean", log_target=True)
 
@@ -1320,6 +1344,7 @@ def mart_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
 
     k: the most probable class of x' but y; the KL takes ln(p(x') + 1e-12). Arguments as in trades_loss.
     """
+    logits, logits_adv = _checked(logits, logits_adv)
     clean, adv = F.softmax(logits, 1), F.softmax(logits_adv, 1)
     rival = adv.scatter(1, y[:, None], 0.0).amax(1)
     boosted = F.cross_entropy(logits_adv, y) - (1.0001 - rival + 1e-12).log().mean()
@@ -1333,7 +1358,8 @@ def robal_loss(scores, scores_adv, y, counts, *, scale, margin, tau_b, tau_m, be
     scores, scores_adv: cosine scores [N,C] at x and x'; m_c = margin + tau_m/scale * ln(n_c/n_min), larger for frequent
     classes. The KL's softmaxes are of the unscaled scores, with ln(p(x') + 1e-12) and no detaching.
     """
-    counts = torch.as_tensor(counts, dtype=scores.dtype, device=scores.device)
+    scores, scores_adv = _checked(scores, scores_adv)
+    counts = _class_counts(counts, scores, scores.shape[1])
     margins = margin + tau_m / scale * (counts / counts.min()).log()
     shifted = scores_adv - margins * F.one_hot(y, len(counts))
     fit = F.cross_entropy(scale * shifted + tau_b * (counts / counts.sum()).log(), y)
@@ -1348,6 +1374,8 @@ def reat_class_weights(counts, predicted) -> torch.Tensor:
     before. float64 inside, since 1 - b^a cancels. Returns float32 [C] (effective numbers, Cui et al. 2019).
     """
     n, a = (torch.as_tensor(t).double() for t in (counts, predicted))
+    if n.shape != a.shape:
+        raise ValueError(f"{list(n.shape)} counts, {list(a.shape)} predicted: want one of each for each class")
     b = (n - 1) / n
     weights = 1 / ((1 - b**a) * n + 1e-5)
     return (weights * len(n) / weights.sum()).float()
@@ -1359,9 +1387,15 @@ def reat_tail_loss(features, y, counts, variant="official") -> torch.Tensor:
     f_i detached; mean over j and anchors; 0 without a tail sample.
 
     features: float [B,d]; y: int64 [B]. 'intended' is that; 'official' what the released code computes: its criterion
-    averages over B and d before the signs and weights come in, so that one number per anchor remains.
+    averages over B and d before the signs and weights come in, so that one number per anchor remains. ValueError for
+    another variant or unlike sizes.
     """
-    counts = torch.as_tensor(counts, dtype=features.dtype, device=features.device)
+    (features,), counts = _checked(features), torch.as_tensor(counts)
+    if variant not in ("official", "intended") or y.shape != features.shape[:1]:
+        raise ValueError(
+            f"variant {variant!r}, y {list(y.shape)}: want 'official' or 'intended', a label a feature row"
+        )
+    counts = _class_counts(counts, features, len(counts))
     log_p, u = F.log_softmax(features, 1), (counts.sum() / counts).sqrt()[y]
     target, is_tail = log_p.detach(), (y > 2 * (len(counts) // 3)).to(features.dtype)
     with torch.autocast(features.device.type, enabled=False):  # a bf16 product would drown the difference
@@ -1380,23 +1414,28 @@ def awp_perturbation(model, loss_fn, gamma):
     """AWP (Wu et al. 2020): inside, every weight tensor w with more than one dimension is w + v, with v = gamma |w|
     g/|g| and g the gradient of loss_fn() at w; afterwards v is subtracted again.
 
-    gamma 0 does nothing at all. The ascent's own forward leaves the model's buffers as they were. Under torchrun g is
-    the sum over the ranks.
+    gamma 0 does nothing at all. The ascent's own forward leaves the model's buffers as they were. Frozen and unused
+    weights stay; v is 0 where g is not finite, since NaN could not be subtracted again. Under torchrun g is the sum
+    over the ranks.
     """
     if not gamma:
         yield
         return
-    weights = [p for name, p in model.named_parameters() if name.endswith("weight") and p.dim() > 1]
+    named = [(n, p) for n, p in model.named_parameters() if n.endswith("weight") and p.dim() > 1 and p.requires_grad]
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    gradients = torch.autograd.grad(loss_fn(), weights)
-    for buffer, value in kept:
-        buffer.copy_(value)
+    try:
+        gradients = torch.autograd.grad(loss_fn(), [p for _, p in named], allow_unused=True)
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
+    weights = [p for (_, p), g in zip(named, gradients, strict=True) if g is not None]
+    gradients = [g for g in gradients if g is not None]
     if WORLD > 1:
         gradients = [g.contiguous() for g in gradients]
         for g in gradients:
             dist.all_reduce(g)
     ratios = [gamma * w.detach().norm() / (g.norm() + 1e-20) for w, g in zip(weights, gradients, strict=True)]
-    steps = torch._foreach_mul(gradients, ratios)
+    steps = [step.nan_to_num_(0, 0, 0) for step in torch._foreach_mul(gradients, ratios)]
     with torch.no_grad():
         torch._foreach_add_(weights, steps)
     try:
@@ -1715,7 +1754,7 @@ def train(cfg, phase, data, run, teacher=None) -> nn.Module:
         if selecting:
             line += _select(cfg, phase, data, run, model, epoch, at, (frozen, exact))
         at["dull"] += int(watch.at_chance())
-        if at["dull"] == epoch == math.ceil(phase.epochs / 4):
+        if at["dull"] == epoch == math.ceil(phase.epochs / 4) > 1:
             line += f"\nwarning: {phase.name} has only guessed up to epoch {epoch}, its first quarter: try a lower --lr"
         save(streams["order"].get_state(), row=line)
         run.log(line)  # a row in the log is an epoch on the disk
@@ -2338,11 +2377,15 @@ def evaluate(
     tail_* is None where no image is of the tail. No global generator is touched and the model is left as it was.
     ValueError for no images, or another dtype or shape.
     """
-    if images_u8.dtype != torch.uint8 or images_u8.ndim != 4 or not 0 < len(images_u8) == len(labels):
-        shape = f"{images_u8.dtype} {list(images_u8.shape)}, {len(labels)} labels"
-        raise ValueError(f"images must be uint8 [N,3,H,W] with N > 0 labels, got {shape}")
+    given = [f"{t.dtype} {list(t.shape)}" if torch.is_tensor(t) else str(type(t)) for t in (images_u8, labels)]
+    if not given[0].startswith("torch.uint8") or images_u8.ndim != 4 or not len(images_u8):
+        raise ValueError(f"images must be a uint8 tensor [N,3,H,W] with N > 0, got {given[0]}")
+    if given[1] != f"torch.int64 [{len(images_u8)}]" or labels.min() < 0:
+        raise ValueError(f"labels must be an int64 tensor [{len(images_u8)}] of classes from 0, got {given[1]}")
     if isinstance(attacks, str) or not set(attacks) <= set(ATTACKS):
         raise ValueError(f"attacks {attacks!r}: want a sequence from {ATTACKS}")
+    if batch_size < 1 or amp not in AMP_DTYPE:
+        raise ValueError(f"batch_size {batch_size}, amp {amp!r}: want at least 1, and one of {', '.join(AMP_DTYPE)}")
     fast, exact = nets or (model, model)
     if nets is None and isinstance(model, Net):
         exact = FrozenCopy(model)
@@ -2364,7 +2407,8 @@ def evaluate(
                 if name == "pgd":
                     x_adv = pgd_attack(fast, x, y, eps=eps, step_size=step_size, steps=steps, generator=generator)
                 with ieee_float32():
-                    correct[name][part] = exact(x_adv).argmax(1) == y
+                    logits = exact(x_adv)
+                correct[name][part] = (logits.argmax(1) == y) & ~logits.isnan().any(1)  # NaN is never right
     correct = {name: torch.stack(gather(flags.cpu())).any(0) for name, flags in correct.items()}
     parts = [_metrics(name, flags, labels, list(tail)) for name, flags in correct.items()]
     return {k: v for part in parts for k, v in part.items()}
@@ -2382,7 +2426,7 @@ def save_examples(path, net, images_u8, labels, count, log, *, eps, step_size, s
     write_atomic(path, content.getvalue())
     with eval_mode(net), torch.no_grad():
         said = zip(y.tolist(), *(net(images).argmax(1).tolist() for images in (x, x_adv)), strict=True)
-    log(f"{path}: label: clean > attacked prediction " + ", ".join("{}: {} > {}".format(*row) for row in said))
+    log(f"{path} (label: clean > attacked prediction) " + ", ".join("{}: {} > {}".format(*row) for row in said))
 
 
 def _metrics(name, flags, labels, tail):
@@ -2666,7 +2710,7 @@ def by_setting(runs) -> list:
     owns, settings = [json.loads(key) for key in groups], []
     for own, members in zip(owns, groups.values(), strict=True):
         cfg = members[0][0]
-        words = {"data": cfg.data, "ir": "natural counts" if cfg.ir is None else f"IR {cfg.ir:g}", "arch": cfg.arch}
+        words = {"data": cfg.data, "ir": "own counts" if cfg.ir is None else f"IR {cfg.ir:g}", "arch": cfg.arch}
         words["method"] = cfg.method if cfg.aug == "none" else f"{cfg.method}+{cfg.aug}"
         rivals = [other for other in owns if all(other[k] == own[k] for k in (*words, "aug"))]
         said = {k: "default" if v is None else f"{v:g}" if isinstance(v, float) else v for k, v in own.items()}
@@ -2748,7 +2792,10 @@ def read_run(path, cfg):
             float(m.get(column) or 0)
         data = {k: list(results["data"][k]) for k in ("classes", "tail_classes")} if shown else None
     except FileNotFoundError:
-        raise UserError(f"{path} holds no such evaluation ({name} is missing): make one with --stage eval") from None
+        missing = (
+            f"{path} does not exist" if not path.exists() else f"{path} holds no such evaluation ({name} is missing)"
+        )
+        raise UserError(f"{missing}: make one with --stage eval, or name runs as in --stage report 'runs/*'") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         kind = f"{type(error).__name__}: {error}"
         raise UserError(f"{path / name} is damaged ({kind}): restore it, or try --stage eval") from None
@@ -2763,9 +2810,9 @@ def write_report(runs, folder, figures=None, notes=()):
     if RANK:
         return
     text = "\n".join([table(runs), *notes])
-    print("\n" + text, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "report.md", text + "\n")
+    print(f"\n{text}\n\nreport {folder / 'report.md'}", flush=True)
     if figures:
         report_figures(by_setting(runs), figures)
 
@@ -3513,7 +3560,8 @@ def main(argv=None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor complain of it at exit
         return 141
     except Stopped as stopped:
-        print(f"ltsd: {stopped}", file=sys.stderr)
+        if not RANK:
+            print(f"ltsd: {stopped}", file=sys.stderr)
         return 128 + SIGNALS.number
     except Exception as error:
         if "--debug" in argv:
@@ -3525,6 +3573,7 @@ def main(argv=None) -> int:
         ours = not isinstance(error, UserError)
         hint = f"{type(error).__name__}, unexpected; --debug shows where: " if ours else ""
         if RANK or (ours and WORLD > 1):  # another rank's to tell, if torchrun ends this one in its sleep
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
             hint = f"rank {RANK}: {hint}"
         print(f"ltsd: error: {hint}{' '.join(str(error).split())}", file=sys.stderr)

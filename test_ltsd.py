@@ -136,7 +136,7 @@ WRONG = [
     ("--momentum 2", "--momentum 2"),
     ("--data synthetic --stage eval --attacks clean", "teacher.pt does not exist"),
     ("--data synthetic --stage distill", "teacher.pt does not exist"),
-    ("--data synthetic --stage report", "holds no such evaluation"),
+    ("--data synthetic --stage report", "does not exist: make one with --stage eval, or name runs"),
     ("--data synthetic --stage eval --checkpoint none.pt", "none.pt does not exist"),
 ]
 
@@ -1416,6 +1416,68 @@ def test_teachers_and_distillations(finished, tmp_path, capsys):
     assert "nowhere.pt does not exist" in capsys.readouterr().err
 
 
+Z, Y2 = torch.zeros(2, 5), torch.tensor([0, 4])
+ODD_CALLS = [
+    (lambda: ltsd.balanced_softmax_loss(Z, Y2, [0, 1, 1, 1, 1]), r"counts \[0, 1, 1, 1, 1\]: want 5 numbers"),
+    (lambda: ltsd.balanced_softmax_loss(Z, Y2, torch.full((5,), math.nan)), "at least 1"),
+    (lambda: ltsd.balanced_softmax_loss(Z, Y2, 3), "want 5 numbers"),
+    (lambda: ltsd.balanced_softmax_loss(Z[0], Y2, [1] * 5), r"one shape \[N,C\], got \[5\]"),
+    (lambda: ltsd.igdm_loss(Z, Z, Z[:1], Z[:1]), r"got \[2, 5\], \[2, 5\], \[1, 5\]"),
+    (lambda: ltsd.trades_loss(Z, Z[:1], Y2), r"got \[2, 5\], \[1, 5\]"),
+    (lambda: ltsd.mart_loss(Z[:, :1], Z, Y2), r"got \[2, 1\], \[2, 5\]"),
+    (lambda: ltsd.robal_loss(Z, Z[:1], Y2, [1] * 5, **ltsd.robal_constants(5), beta=6), "one shape"),
+    (lambda: ltsd.reat_tail_loss(Z, Y2, [1] * 5, "offical"), "variant 'offical'"),
+    (lambda: ltsd.reat_tail_loss(Z, Y2[:1], [1] * 5), r"y \[1\]"),
+    (lambda: ltsd.reat_class_weights([1, 2, 3], [1]), r"\[3\] counts, \[1\] predicted"),
+    (lambda: ltsd.balanced_indices([-1, 0, 0], 2, 0), "the least -1"),
+    (lambda: ltsd.balanced_indices([0.0, 1.0], 2, 0), "labels are float64"),
+    (lambda: ltsd.balanced_indices([0, 1], 2.5, 0), "per_class 2.5"),
+    (lambda: ltsd.balanced_indices(np.array([0, 255], np.uint8), 2, 0), "class 1 has no image"),
+    (lambda: ltsd.long_tail_indices([0, 0, 1], [-1, 1]), "-1 are wanted"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(ODD_CALLS)))
+def test_odd_calls_are_refused(number):
+    call, said = ODD_CALLS[number]
+    with pytest.raises(ValueError, match=said):
+        call()
+
+
+def test_losses_in_half_precision_are_those_of_float32():
+    z, y, counts = torch.tensor([[30.0, 0.0, 1.0], [0.5, 2.0, -1.0]]), torch.tensor([1, 1]), [70_000, 5, 1]
+    robal = dict(ltsd.robal_constants(3), beta=6.0)
+    for loss in (
+        lambda t: ltsd.mart_loss(t, t.flip(0), y),
+        lambda t: ltsd.trades_loss(t, t.flip(0), y),
+        lambda t: ltsd.balanced_softmax_loss(t, y, counts),
+        lambda t: ltsd.robal_loss(t, t.flip(0), y, counts, **robal),
+        lambda t: ltsd.reat_tail_loss(t, torch.tensor([2, 0]), counts),
+        lambda t: ltsd.igdm_loss(t, t.flip(0), t.flip(1), t),
+    ):
+        assert all(loss(z.to(low)) == loss(z.to(low).float()) for low in (torch.float16, torch.bfloat16))
+
+
+def test_awp_survives_failures_frozen_weights_and_nan():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2), nn.Linear(2, 2))
+    net[0].weight.requires_grad_(False)
+    before, x = {k: v.clone() for k, v in net.state_dict().items()}, torch.rand(2, 3, 8, 8)
+
+    def failing():
+        net(x)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), ltsd.awp_perturbation(net, failing, 0.1):
+        pass
+    for bad in (math.nan, math.inf):
+        with ltsd.awp_perturbation(net, lambda bad=bad: net[:4](x).sum() * bad, 0.1):
+            assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    with ltsd.awp_perturbation(net, lambda: net[:4](x)[:, 0].sum(), 0.1):  # the last layer takes no part
+        assert not torch.equal(net[3].weight, before["3.weight"])
+        assert torch.equal(net[0].weight, before["0.weight"]) and torch.equal(net[4].weight, before["4.weight"])
+    assert all(torch.allclose(v, before[k], atol=1e-6) for k, v in net.state_dict().items())
+
+
 # 8  Training -----------------------------------------------------------------------------
 
 
@@ -2041,6 +2103,36 @@ def test_examples_grid(finished, tmp_path, capsys):
     assert ltsd.main([*TINY, "--examples", "5", "--stage", "teacher"]) == 2
 
 
+ODD_EVALUATIONS = [
+    (
+        dict(labels=torch.zeros(4, 1, dtype=torch.int64)),
+        r"int64 tensor \[4\] of classes from 0, got torch.int64 \[4, 1",
+    ),
+    (dict(labels=[0, 1, 2, 3]), "got <class 'list'>"),
+    (dict(labels=torch.tensor([0, 1, -1, 0])), "classes from 0"),
+    (dict(images_u8=np.zeros((4, 3, 8, 8), np.uint8)), "uint8 tensor .* got <class 'numpy.ndarray'>"),
+    (dict(images_u8=torch.rand(4, 3, 8, 8)), "got torch.float32"),
+    (dict(batch_size=0), "batch_size 0"),
+    (dict(batch_size=-1), "batch_size -1"),
+    (dict(amp="half"), "amp 'half'"),
+    (dict(eps=8), "divide by 255"),
+]
+
+
+@pytest.mark.parametrize("change,said", ODD_EVALUATIONS)
+def test_evaluate_refuses_odd_input(change, said):
+    given = dict(images_u8=torch.zeros(4, 3, 8, 8, dtype=torch.uint8), labels=torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=said):
+        ltsd.evaluate(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), **given | change)
+
+
+def test_nan_logits_are_never_right():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    nn.init.constant_(net[1].bias, math.nan)
+    images, labels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+    assert ltsd.evaluate(net, images, labels, attacks=("clean",))["clean"] == 0
+
+
 # 11  Report ------------------------------------------------------------------------------
 
 
@@ -2102,7 +2194,8 @@ def test_report_of_seeds_gives_mean_deviation_and_welch(tmp_path, capsys):
     u, v = a.var(ddof=1) / 5, b.var(ddof=1) / 2
     t, df = (a.mean() - b.mean()) / math.sqrt(u + v), (u + v) ** 2 / (u**2 / 4 + v**2 / 1)
     assert welch[2:] == [f"{t:.2f} ({df:.1f})", "-", "-", "1.73 (4.5)"]  # no spread: undefined
-    assert (tmp_path / "new" / "report.md").read_text().strip() == said.strip()
+    shown, _, where = said.strip().rpartition("\n\nreport ")
+    assert pathlib.Path(where).read_text().strip() == shown and where == str(tmp_path / "new" / "report.md")
 
 
 def test_welch_by_hand():
