@@ -2680,7 +2680,7 @@ def run_name(cfg):
     """A folder name: the settings people vary, then a hash of all that count (and of the place of a folder's data)."""
     place = str(pathlib.Path(cfg.data_dir).resolve()) if cfg.data == "folder" else ""
     digest = hashlib.sha256(json.dumps([identity(cfg), place]).encode()).hexdigest()[:8]
-    ratio = "natural" if cfg.ir is None else f"ir{cfg.ir:g}"
+    ratio = "owncounts" if cfg.ir is None else f"ir{cfg.ir:g}"
     return f"{cfg.data}-{ratio}-{cfg.method}-{cfg.arch}-seed{cfg.seed}-{digest}"
 
 
