@@ -341,6 +341,8 @@ def validate(cfg) -> None:
         raise UserError(f"--milestones {cfg.milestones!r}: want rising shares of the epochs, as in 0.75,0.9")
     if cfg.image_size and cfg.data != "folder":
         raise UserError(f"--image-size {cfg.image_size}: only --data folder can be resized; leave it out")
+    if cfg.overwrite and (cfg.stage == "eval" or (cfg.stage in ("distill", "train") and METHODS[cfg.method].teacher)):
+        raise UserError(f"--overwrite: would delete what --stage {cfg.stage} needs; use another stage, or leave it out")
     table = ("eval", "report", "all")
     uses = dict(checkpoint=("eval",), examples=("eval", "all"), figures=(*table, "theory"), runs=("report",))
     for name, stages in uses.items():
@@ -2516,13 +2518,25 @@ PAPER = """
 COLUMNS = dict(clean="clean", pgd="PGD-20", aa="AA", tail_clean="T-clean", tail_pgd="T-PGD", tail_aa="T-AA")
 
 
+# What the paper leaves open, or what cannot matter to its numbers: any value may stand beside them.
+FREE = ("seed", "amp", "compile", "deterministic", "sync_bn", "alpha", "tau", "kd", "reat_tail")
+
+
 def paper_row(cfg, name):
-    """The paper's numbers for a checkpoint ('teacher', 'best', 'last') of a resolved Config, or None."""
+    """The paper's numbers for a checkpoint ('teacher', 'best', 'last') of a resolved Config, or None where it has none
+    for these settings."""
+    names = ("data", "ir", "method", "arch", "aug", "official")
+    usual = Config(**{k: getattr(cfg, k) for k in names}, device="cpu", amp="off", compile="off")
+    usual, mine = identity(resolve(usual)), identity(cfg)
     method = "teacher" if name == "teacher" else cfg.method
     method += "" if cfg.aug == "none" or name == "teacher" else f"+{cfg.aug}"
-    key, name = [cfg.data, f"{cfg.ir or 0:g}", cfg.arch, method], name.partition(",")[0]
+    key = [cfg.data, f"{cfg.ir or 0:g}", cfg.arch, method]
     for cells in (line.split() for line in PAPER.split("\n")):
-        if cells[1:5] == key and name in ("teacher", "best", "last"):
+        if (
+            cells[1:5] == key
+            and name in ("teacher", "best", "last")
+            and all(mine[k] == usual[k] or k in FREE for k in mine)
+        ):
             numbers = [None if c == "-" else float(c) for c in cells[10 if name == "last" else 5 :][:5]]
             return dict(zip(list(COLUMNS)[:5], numbers, strict=True))
     return None
@@ -2531,7 +2545,7 @@ def paper_row(cfg, name):
 class Run:
     """A run's folder; aa.pt is there while AutoAttack is under way."""
 
-    FILES = ("config.json", "state.pt", "teacher.pt", "best.pt", "last.pt", "results.json")
+    FILES = ("config.json", "state.pt", "teacher.pt", "best.pt", "last.pt", "results.json", "report.md")
 
     def __init__(self, cfg):
         self.cfg, self.path = cfg, pathlib.Path(cfg.out or pathlib.Path("runs", run_name(cfg)))
@@ -2701,11 +2715,15 @@ class Setting:
         return (np.mean(values), np.std(values, ddof=int(len(values) > 1)), len(values)) if values else None
 
 
+def _but_the_seed(cfg):
+    return {**identity(cfg), "seed": None, "data_dir": cfg.data_dir if cfg.data == "folder" else None}
+
+
 def by_setting(runs) -> list:
     """Runs [(Config, results)] -> Settings in the order of their first run; labels name what sets them apart."""
     groups = {}
     for cfg, results in runs:
-        own = {**identity(cfg), "seed": None, "data_dir": cfg.data_dir if cfg.data == "folder" else None}
+        own = _but_the_seed(cfg)
         groups.setdefault(json.dumps(own), []).append((cfg, results["checkpoints"]))
     owns, settings = [json.loads(key) for key in groups], []
     for own, members in zip(owns, groups.values(), strict=True):
@@ -2750,7 +2768,9 @@ def table(runs) -> str:
     for s in settings:
         for name in dict.fromkeys(name for run in s.runs for name in run):
             stats, epochs = [s.stat(name, c) for c in shown], {run.get(name, {}).get("epoch") for run in s.runs}
+            some = [f" (n={t[2]})" if t and t[2] < len(s.runs) else "" for t in stats]  # not all runs have it
             cells = [f"{t[0]:.2f}" + (f" ± {t[1]:.2f}" if t[2] > 1 else "") if t else "-" for t in stats]
+            cells = [cell + n for cell, n in zip(cells, some, strict=True)]
             epoch = epochs.pop() if len(epochs) == 1 else None
             rows.append([s.label(), name + (f" (epoch {epoch})" if epoch else ""), *cells])
             if evaluation_key(s.cfg) == "checkpoints" and (paper := paper_row(s.cfg, name)):
@@ -2782,7 +2802,16 @@ def read_run(path, cfg):
     try:
         own = Config(**json.loads((path / name).read_text())["config"])
         threat = dict(eval_eps=own.eps if cfg.eval_eps is None else cfg.eval_eps, eval_step_size=cfg.eval_step_size)
-        own = replace(own, eval_steps=cfg.eval_steps, stage="report", checkpoint=None, examples=None, **threat)
+        own = replace(
+            own,
+            eval_steps=cfg.eval_steps,
+            stage="report",
+            checkpoint=None,
+            examples=None,
+            out=str(path),
+            overwrite=False,
+            **threat,
+        )
         validate(replace(own, image_size=None))  # filled in for every data set
         name = "results.json"
         results = json.loads((path / name).read_text())
@@ -2819,9 +2848,9 @@ def write_report(runs, folder, figures=None, notes=()):
 
 def stage_report(cfg):
     """One table over run folders, globs too, or else the runs that the flags name; broken and unfinished ones are
-    listed below it. Reads the folders only; the table goes to --out, or beside what it shows."""
+    listed below it. Reads the folders only; the table goes to --out, else for given folders into the current one."""
     if cfg.runs:
-        globs = [[given] if os.path.exists(given) else sorted(glob.glob(given)) or [given] for given in cfg.runs]
+        globs = [[p for p in sorted(glob.glob(g)) if os.path.isdir(p)] or [g] for g in cfg.runs]
         folder, paths = pathlib.Path(cfg.out or "."), [pathlib.Path(path) for found in globs for path in found]
     else:
         folder, configs = run_configs(cfg)
@@ -2834,7 +2863,11 @@ def stage_report(cfg):
             left_out.append(str(error))
     if not runs:
         raise UserError("; ".join(left_out))
-    write_report(runs, folder, cfg.figures, [f"\nLeft out: {line}." for line in left_out])
+    notes = [f"\nLeft out: {line}." for line in left_out]
+    notes += [
+        f"\nUnfinished: {own.out} lacks best or last." for own, r in runs if not {"best", "last"} <= {*r["checkpoints"]}
+    ]
+    write_report(runs, folder, cfg.figures, notes)
 
 
 def new_figure(*size):
@@ -2866,7 +2899,8 @@ def report_figures(settings, folder):
     robust = "aa" if all(s.stat("best", "aa") for s in settings) else "pgd"
     names = dict(COLUMNS, pgd=f"PGD-{settings[0].cfg.eval_steps}")
     shapes = zip("os^Dv*P<>X" * 2, ("-", "--", "-.", ":") * 5, strict=True)
-    looks = [dict(marker=m, linestyle=d, color="k", mfc="w", ms=8, lw=1, capsize=3) for m, d in shapes]
+    looks = [dict(marker=m, linestyle=d, color="k", ms=8, lw=1, capsize=3) for m, d in shapes]
+    looks = [dict(look, mfc="w" if i < 10 else "0.6") for i, look in enumerate(looks)]
 
     def draw(ax, look, label, x, stats, **more):
         means, spreads = zip(*((t[0], t[1]) if t else (math.nan, 0) for t in stats), strict=True)
@@ -2882,7 +2916,7 @@ def report_figures(settings, folder):
     figure = new_figure(11, 5.5)
     ax = figure.subplots()
     for s, look in zip(settings, itertools.cycle(looks)):
-        runs = [np.array(run["best"][f"class_{robust}"]) for run in s.runs if "best" in run]
+        runs = [np.array(run["best"][f"class_{robust}"]) for run in s.runs if f"class_{robust}" in run.get("best", {})]
         groups = np.array([[part.mean() for part in np.array_split(run, min(10, len(run)))] for run in runs])
         stats = [(column.mean(), column.std(ddof=int(len(runs) > 1))) for column in groups.T]
         draw(ax, look, s.label(), range(1, len(stats) + 1), stats)
@@ -2894,7 +2928,7 @@ def report_figures(settings, folder):
         for s in settings:
             x = max(1.0, s.cfg.ir / 2) if key == "gamma" and s.cfg.gamma is None and s.cfg.ir else getattr(s.cfg, key)
             if x is not None:
-                family = json.dumps({**identity(s.cfg), "seed": None, key: None})
+                family = json.dumps({**_but_the_seed(s.cfg), key: None})
                 families.setdefault(family, []).append((x, s))
         families = [sorted(f, key=lambda pair: pair[0]) for f in families.values() if len(f) > 1]
         if not families:
@@ -3315,12 +3349,18 @@ def student_phase(cfg, data):
 
 def stage_teacher(cfg, run, data):
     """Fit the self-teacher; its last epoch becomes teacher.pt, unless --teacher names one to copy."""
-    if cfg.teacher and not run.has("teacher"):
-        model = build_model(cfg.arch, len(data.classes), METHODS[cfg.teacher_method].head)
-        epoch = load_weights(model, cfg.teacher)
-        digest = hashlib.sha256(pathlib.Path(cfg.teacher).read_bytes()).hexdigest()
-        run.log(f"teacher: a copy of {cfg.teacher}, sha256 {digest}")
-        run.save_model("teacher", model, epoch)
+    if cfg.teacher:
+        given, here = (build_model(cfg.arch, len(data.classes), METHODS[cfg.teacher_method].head) for _ in "ab")
+        epoch = load_weights(given, cfg.teacher)
+        if not run.has("teacher"):
+            digest = hashlib.sha256(pathlib.Path(cfg.teacher).read_bytes()).hexdigest()
+            run.log(f"teacher: a copy of {cfg.teacher}, sha256 {digest}")
+            run.save_model("teacher", given, epoch)
+        load_weights(here, run.path / "teacher.pt")
+        if not all(torch.equal(a, b) for a, b in zip(given.parameters(), here.parameters(), strict=True)):
+            raise UserError(
+                f"{run.path} has another teacher than {cfg.teacher}: choose another --out, or --overwrite it"
+            )
     elif not run.has("teacher"):
         _train_and_save(cfg, run, data, teacher_phase(cfg, data), "teacher")
 
@@ -3401,10 +3441,11 @@ def stage_eval(cfg, run, data):
     settings = dict(eps=cfg.eval_eps / 255, step_size=cfg.eval_step_size / 255, steps=cfg.eval_steps)
     settings |= dict(tail=data.tail, seed=cfg.seed, amp=cfg.amp)
     about = dict(counts=data.counts, classes=data.classes, tail_classes=data.tail, test=len(data.test_labels))
+    tests = zlib.crc32(data.test_labels.cpu().numpy(), zlib.crc32(data.test_images.cpu().contiguous().numpy()))
     for name, path in paths.items():
         began, method = time.perf_counter(), cfg.teacher_method if name == "teacher" else cfg.method
         model = build_model(cfg.arch, len(data.classes), METHODS[method].head)
-        epoch, digest = load_weights(model, path), f"{zlib.crc32(path.read_bytes()):08x}"
+        epoch, digest = load_weights(model, path), f"{zlib.crc32(path.read_bytes()):08x}-{tests:08x}"
         counts = teacher_phase(cfg, data).counts if name == "teacher" else data.counts
         model = (model if name.endswith("as trained") else with_evaluation_head(model, counts)).to(cfg.device)
         if cfg.examples:
@@ -3515,7 +3556,7 @@ def carry_out(cfg, run):
     run.fingerprint = data.fingerprint()
     data = data.to(cfg.device)
     run.plan = work_ahead(cfg, run, data)
-    if cfg.stage == "teacher" or (cfg.stage == "all" and METHODS[cfg.method].teacher):
+    if cfg.stage == "teacher" or (METHODS[cfg.method].teacher and (cfg.stage == "all" or cfg.teacher)):
         stage_teacher(cfg, run, data)
     if cfg.stage in ("distill", "all"):
         stage_distill(cfg, run, data)

@@ -1595,6 +1595,35 @@ def test_stages_run_alone(finished, tmp_path, capsys):
     assert ltsd.main(scored) == 0 and "best.pt" in capsys.readouterr().out
 
 
+def test_overwrite_spares_what_a_stage_needs(finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "a")
+    for stage in ("eval", "distill", "train"):
+        assert ltsd.main([*TINY, "--out", str(out), "--stage", stage, "--overwrite"]) == 2
+        assert f"would delete what --stage {stage} needs" in capsys.readouterr().err
+    assert all((out / f"{name}.pt").exists() for name in ("teacher", "best", "last"))
+
+
+def test_a_given_teacher_is_used_and_not_exchanged(finished, tmp_path, capsys):
+    args = [*TINY, "--epochs", "1", "--stage", "distill", "--out", str(tmp_path / "a")]
+    assert ltsd.main([*args, "--teacher", str(finished / "teacher.pt")]) == 0
+    a, b = (torch.load(p / "teacher.pt", weights_only=True)["state_dict"] for p in (finished, tmp_path / "a"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert ltsd.main([*args, "--teacher", str(finished / "teacher.pt")]) == 0
+    assert ltsd.main([*args, "--teacher", str(finished / "best.pt")]) == 2
+    assert "has another teacher than" in capsys.readouterr().err
+
+
+def test_an_evaluation_belongs_to_its_test_images(tmp_path):
+    small = "--arch resnet8 --epochs 1 --steps 1 --device cpu --method natural --attacks clean".split()
+    root = make_folder(tmp_path / "d", {"a": 6, "b": 6})
+    args = ["--data", "folder", "--data-dir", str(root), "--out", str(tmp_path / "o"), *small]
+    assert ltsd.main(args) == 0
+    first = json.loads((tmp_path / "o" / "results.json").read_text())["checkpoints"]["best"]["crc32"]
+    (root / "test" / "a" / "0.png").write_bytes(png(np.zeros((32, 32, 3), np.uint8)))
+    assert ltsd.main(args) == 0
+    assert json.loads((tmp_path / "o" / "results.json").read_text())["checkpoints"]["best"]["crc32"] != first
+
+
 def test_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
     args = [*TINY, "--method", "at-bsl", "--out", str(tmp_path / "b")]
     real, calls = ltsd.METHODS["at-bsl"], [0]
@@ -2294,6 +2323,34 @@ def test_figures_without_matplotlib_say_how_to_get_it(tmp_path, monkeypatch, cap
         assert ltsd.main(["--data", "synthetic", "--stage", stage, "--figures", str(tmp_path / "f")]) == 2
         assert capsys.readouterr().err == "ltsd: error: --figures needs matplotlib: pip install matplotlib\n"
     assert "matplotlib" not in sys.modules or not list(tmp_path.iterdir())
+
+
+def test_the_papers_numbers_stand_only_beside_the_papers_settings():
+    def row(name="best", **changes):
+        return ltsd.paper_row(ltsd.resolve(ltsd.Config(device="cpu", **changes)), name)
+
+    assert row() and row(alpha=80.0, seed=3, kd="kl") and row("teacher")  # alpha is not published
+    for other in (dict(eps=2.0), dict(epochs=130), dict(train_limit=200), dict(gamma=1.0), dict(teacher_data="full")):
+        assert row(**other) is None and row("teacher", **other) is None
+    assert row("best, head as trained", method="robal") is None and row(method="robal")
+
+
+def test_report_and_figures_of_half_evaluated_runs(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for seed in range(3):
+        fake_run(tmp_path / f"r{seed}", (50 + seed, 20, 30, 10), seed=seed)
+    path = tmp_path / "r2" / "results.json"
+    results = json.loads(path.read_text())
+    best = results["checkpoints"]["best"]
+    results["checkpoints"] = {"best": best | dict(aa=15.0, class_aa=[15.0] * 10), "last": best}
+    path.write_text(json.dumps(results))
+    (tmp_path / "report.md").write_text("of an earlier report")
+    args = ["--stage", "report", str(tmp_path / "r*"), "--figures", str(tmp_path / "f"), "--out", str(tmp_path / "o")]
+    assert ltsd.main(args) == 0
+    said = capsys.readouterr().out
+    assert "15.00 (n=1)" in said and "51.00 ± 1.00 |" in said and "Left out" not in said
+    assert said.count("Unfinished: ") == 2 and f"Unfinished: {tmp_path / 'r0'} lacks best or last." in said
+    assert (tmp_path / "f" / "classes.png").exists()
 
 
 # 12  Theory ------------------------------------------------------------------------------
