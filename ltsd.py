@@ -425,9 +425,10 @@ class Data:
     counts: list = ()  # training images per class
     tail: list = ()  # the classes of the tail group
 
-    def fingerprint(self):
-        """A checksum of the training set: does a resumed run see the same data?"""
-        return zlib.crc32(self.train_labels.numpy(), zlib.crc32(self.train_images.contiguous().numpy()))
+    def fingerprints(self):
+        """Checksums of the training and of the test set, on the CPU: does a run that goes on see the same data?"""
+        parts = (self.train_images, self.train_labels), (self.test_images, self.test_labels)
+        return [zlib.crc32(labels.numpy(), zlib.crc32(images.contiguous().numpy())) for images, labels in parts]
 
     def to(self, device):
         """The same data with its four tensors on `device`."""
@@ -2528,15 +2529,13 @@ def paper_row(cfg, name):
     names = ("data", "ir", "method", "arch", "aug", "official")
     usual = Config(**{k: getattr(cfg, k) for k in names}, device="cpu", amp="off", compile="off")
     usual, mine = identity(resolve(usual)), identity(cfg)
+    if name not in ("teacher", "best", "last") or any(mine[k] != usual[k] for k in mine if k not in FREE):
+        return None
     method = "teacher" if name == "teacher" else cfg.method
     method += "" if cfg.aug == "none" or name == "teacher" else f"+{cfg.aug}"
     key = [cfg.data, f"{cfg.ir or 0:g}", cfg.arch, method]
     for cells in (line.split() for line in PAPER.split("\n")):
-        if (
-            cells[1:5] == key
-            and name in ("teacher", "best", "last")
-            and all(mine[k] == usual[k] or k in FREE for k in mine)
-        ):
+        if cells[1:5] == key:
             numbers = [None if c == "-" else float(c) for c in cells[10 if name == "last" else 5 :][:5]]
             return dict(zip(list(COLUMNS)[:5], numbers, strict=True))
     return None
@@ -2548,8 +2547,8 @@ class Run:
     FILES = ("config.json", "state.pt", "teacher.pt", "best.pt", "last.pt", "results.json", "report.md")
 
     def __init__(self, cfg):
-        self.cfg, self.path = cfg, pathlib.Path(cfg.out or pathlib.Path("runs", run_name(cfg)))
-        self.plan, self._clock, self.fingerprint = [], None, None
+        self.cfg, self.path = cfg, pathlib.Path(cfg.out)
+        self.plan, self._clock, self.fingerprint, self.tests = [], None, None, None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.file = open(os.devnull if RANK else self.path / "log.txt", "ab")  # closed, it lets go of the folder
@@ -2801,17 +2800,9 @@ def read_run(path, cfg):
     name = "config.json"
     try:
         own = Config(**json.loads((path / name).read_text())["config"])
-        threat = dict(eval_eps=own.eps if cfg.eval_eps is None else cfg.eval_eps, eval_step_size=cfg.eval_step_size)
-        own = replace(
-            own,
-            eval_steps=cfg.eval_steps,
-            stage="report",
-            checkpoint=None,
-            examples=None,
-            out=str(path),
-            overwrite=False,
-            **threat,
-        )
+        threat = dict(eval_step_size=cfg.eval_step_size, eval_steps=cfg.eval_steps)
+        threat["eval_eps"] = own.eps if cfg.eval_eps is None else cfg.eval_eps
+        own = replace(own, stage="report", out=str(path), checkpoint=None, examples=None, **threat)
         validate(replace(own, image_size=None))  # filled in for every data set
         name = "results.json"
         results = json.loads((path / name).read_text())
@@ -2821,10 +2812,10 @@ def read_run(path, cfg):
             float(m.get(column) or 0)
         data = {k: list(results["data"][k]) for k in ("classes", "tail_classes")} if shown else None
     except FileNotFoundError:
-        missing = (
-            f"{path} does not exist" if not path.exists() else f"{path} holds no such evaluation ({name} is missing)"
-        )
-        raise UserError(f"{missing}: make one with --stage eval, or name runs as in --stage report 'runs/*'") from None
+        said = f"holds no such evaluation ({name} is missing)" if path.exists() else "does not exist"
+        raise UserError(
+            f"{path} {said}: make one with --stage eval, or name runs as in --stage report 'runs/*'"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         kind = f"{type(error).__name__}: {error}"
         raise UserError(f"{path / name} is damaged ({kind}): restore it, or try --stage eval") from None
@@ -3350,12 +3341,14 @@ def student_phase(cfg, data):
 def stage_teacher(cfg, run, data):
     """Fit the self-teacher; its last epoch becomes teacher.pt, unless --teacher names one to copy."""
     if cfg.teacher:
-        given, here = (build_model(cfg.arch, len(data.classes), METHODS[cfg.teacher_method].head) for _ in "ab")
+        given = build_model(cfg.arch, len(data.classes), METHODS[cfg.teacher_method].head)
         epoch = load_weights(given, cfg.teacher)
         if not run.has("teacher"):
             digest = hashlib.sha256(pathlib.Path(cfg.teacher).read_bytes()).hexdigest()
             run.log(f"teacher: a copy of {cfg.teacher}, sha256 {digest}")
             run.save_model("teacher", given, epoch)
+            return
+        here = copy.deepcopy(given)
         load_weights(here, run.path / "teacher.pt")
         if not all(torch.equal(a, b) for a, b in zip(given.parameters(), here.parameters(), strict=True)):
             raise UserError(
@@ -3441,11 +3434,10 @@ def stage_eval(cfg, run, data):
     settings = dict(eps=cfg.eval_eps / 255, step_size=cfg.eval_step_size / 255, steps=cfg.eval_steps)
     settings |= dict(tail=data.tail, seed=cfg.seed, amp=cfg.amp)
     about = dict(counts=data.counts, classes=data.classes, tail_classes=data.tail, test=len(data.test_labels))
-    tests = zlib.crc32(data.test_labels.cpu().numpy(), zlib.crc32(data.test_images.cpu().contiguous().numpy()))
     for name, path in paths.items():
         began, method = time.perf_counter(), cfg.teacher_method if name == "teacher" else cfg.method
         model = build_model(cfg.arch, len(data.classes), METHODS[method].head)
-        epoch, digest = load_weights(model, path), f"{zlib.crc32(path.read_bytes()):08x}-{tests:08x}"
+        epoch, digest = load_weights(model, path), f"{zlib.crc32(path.read_bytes()):08x}-{run.tests:08x}"
         counts = teacher_phase(cfg, data).counts if name == "teacher" else data.counts
         model = (model if name.endswith("as trained") else with_evaluation_head(model, counts)).to(cfg.device)
         if cfg.examples:
@@ -3553,7 +3545,7 @@ def carry_out(cfg, run):
     data = load_data(cfg)
     if not RANK:
         gather(None)
-    run.fingerprint = data.fingerprint()
+    run.fingerprint, run.tests = data.fingerprints()
     data = data.to(cfg.device)
     run.plan = work_ahead(cfg, run, data)
     if cfg.stage == "teacher" or (METHODS[cfg.method].teacher and (cfg.stage == "all" or cfg.teacher)):
