@@ -16,7 +16,6 @@ import what you need.
 """
 
 # 1  Setup =============================================================================================================
-
 import os
 
 if __name__ == "__main__":
@@ -77,13 +76,13 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def blaming(what, *kinds):
-    """Inside, errors of these kinds (default: all) become the UserError `what`, which says how to mend it."""
+def blaming(what, kinds=Exception):
+    """Inside, errors of these kinds become the UserError `what`, which says how to mend it."""
     try:
         yield
     except UserError:
         raise
-    except kinds or (Exception,) as error:
+    except kinds as error:
         said = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise UserError(f"{what} ({type(error).__name__}: {said})") from error
 
@@ -93,7 +92,7 @@ def derive_seed(seed, *words):
     return zlib.crc32(repr((seed, *words)).encode())
 
 
-# Several processes, each a "rank" of a group that torchrun started. Only `main` changes these two (join_group), so that
+# Several processes, each a "rank" of a group that torchrun started. Only `main` changes these two, so that
 # whoever imports this file into a distributed program of their own gets the functions of one process.
 RANK, WORLD = 0, 1
 
@@ -127,12 +126,10 @@ def average_over_ranks(tensors):
 
 
 # 2  Config ============================================================================================================
-
-
-def _flag(default, help, **meta):
-    """A Config field. meta: low, high (inclusive bounds), choices, pattern; many: takes a comma list; identity=False:
-    does not make a run another run; group: the heading in --help from here on."""
-    return field(default=default, metadata=dict(help=help, **meta))
+def _flag(default, help, choices="", **meta):
+    """A Config field. choices: words; meta: low, high (inclusive bounds), pattern; many: takes a comma list;
+    identity=False: does not make a run another run; group: the heading in --help from here on."""
+    return field(default=default, metadata=dict(meta, help=help, choices=choices.split()))
 
 
 @dataclass(frozen=True)
@@ -140,52 +137,46 @@ class Config:
     """Every setting of a run, one field per flag; None stands for the data set's or the method's own default."""
 
     # fmt: off
-    data: str = _flag("cifar100", "data set", group="what",
-                      choices=("cifar10", "cifar100", "tinyimagenet", "folder", "synthetic"))
+    data: str = _flag("cifar100", "data set", "cifar10 cifar100 tinyimagenet folder synthetic", group="what")
     data_dir: str = _flag("data", "folder that holds, or will hold, the data", identity=False)
     image_size: int = _flag(None, "side of the images of --data folder (32)", low=16, high=512)
     ir: float = _flag(None, "imbalance n_max/n_min (10; cifar10 50, synthetic 20, folder as it is)", low=1, many=True)
     method: str = _flag("ltsd", "training method, or 'all'", many=True)
     arch: str = _flag(None, "network (resnet18; tinyimagenet preactresnet18, synthetic resnet8)",
-                      choices=("resnet18", "preactresnet18", "wrn34-10", "resnet8"))
-    stage: str = _flag("all", "what to do; 'train' is another name of 'distill'", identity=False,
-                       choices=("all", "teacher", "distill", "train", "eval", "report", "theory", "bench"))
-    aug: str = _flag("none", "RandAugment(2, 8) or AutoAugment's CIFAR-10 policy before crop and flip", many=True,
-                     choices=("none", "ra", "aua"))
-    alpha: float = _flag(None, "final distillation weight, after a linear ramp (40; synthetic 10)", group="method",
-                         low=0, many=True)
-    tau: float = _flag(1.0, "strength of the class prior in balanced softmax, b_c = tau ln n_c", low=0)
+                      "resnet18 preactresnet18 wrn34-10 resnet8")
+    stage: str = _flag("all", "what to do", "all teacher distill train eval report theory bench", identity=False)
+    aug: str = _flag("none", "RandAugment(2, 8) or AutoAugment before crop and flip", "none ra aua", many=True)
+    alpha: float = _flag(None, "distillation weight after its ramp (40; synthetic 10)", group="method", many=True)
+    tau: float = _flag(1.0, "strength of the class prior in balanced softmax, b_c = tau ln n_c")
     gamma: float = _flag(None, "D_B: floor(gamma n_min) images a class (IR/2, at least 1)", low=1e-6, many=True)
-    beta: float = _flag(None, "weight of the KL term of trades, mart and robal (6)", low=0)
-    kd: str = _flag("igdm", "distillation: igdm, or kl (of teacher to student at x')", choices=("igdm", "kl"))
-    reat_tail: str = _flag("official", "reat's tail term: as released or as intended", choices=("official", "intended"))
+    beta: float = _flag(None, "weight of the KL term of trades, mart and robal (6)")
+    kd: str = _flag("igdm", "distillation: indirect gradients, or KL of teacher to student at x'", "igdm kl")
+    reat_tail: str = _flag("official", "reat's tail term: as released or as intended", "official intended")
     teacher: str = _flag(None, "checkpoint to use as the teacher (copied into the run)", identity=False)
-    teacher_method: str = _flag("pgd-at", "teacher's method", many=True, choices=("pgd-at", "at-bsl", "robal", "reat"))
-    teacher_data: str = _flag("balanced", "what the teacher sees: D_B, or all of D", choices=("balanced", "full"))
+    teacher_method: str = _flag("pgd-at", "teacher's method", "pgd-at at-bsl robal reat", many=True)
+    teacher_data: str = _flag("balanced", "what the teacher sees: D_B, or all of D", "balanced full")
     official: bool = _flag(False, "the method's own published optimiser settings, if any for the data")
     epochs: int = _flag(None, "student epochs (100; synthetic 12)", group="optimiser", low=1)
     teacher_epochs: int = _flag(None, "teacher epochs (30, on all of D as --epochs; synthetic 8)", low=1)
     batch_size: int = _flag(None, "student batch size (128; synthetic 64)", low=1)
     teacher_batch_size: int = _flag(None, "teacher batch size (32, on all of D as --batch-size)", low=1)
-    lr: float = _flag(None, "first learning rate of SGD (0.1)", low=0)
-    milestones: str = _flag(None, "shares of the epochs after which the rate drops tenfold (0.75,0.9)",
+    lr: float = _flag(None, "first learning rate of SGD (0.1)")
+    milestones: str = _flag(None, "rising shares of the epochs, after each of which the rate drops tenfold (0.75,0.9)",
                             pattern=r"(0?\.\d+|1)(,(0?\.\d+|1))*")
-    weight_decay: float = _flag(None, "weight decay (5e-4)", low=0)
-    momentum: float = _flag(0.9, "momentum", low=0, high=1)
-    eps: float = _flag(8.0, "L-inf radius of the training attack, in 255ths", group="threat", low=0, high=255)
-    step_size: float = _flag(2.0, "step of the training attack, in 255ths", low=0, high=255)
-    steps: int = _flag(10, "steps of the training attack", low=0)
-    eval_eps: float = _flag(None, "L-inf radius of the evaluation, in 255ths (--eps)", low=0, high=255, identity=False)
-    eval_step_size: float = _flag(2.0, "step of the evaluation's PGD, in 255ths", low=0, high=255, identity=False)
-    eval_steps: int = _flag(20, "steps of the evaluation's PGD", low=0, identity=False)
-    attacks: str = _flag(None, "what to evaluate, a comma list (clean,pgd,aa; synthetic clean,pgd)", identity=False,
-                         pattern="(clean|pgd|aa)(,(clean|pgd|aa))*")
+    weight_decay: float = _flag(None, "weight decay (5e-4)")
+    momentum: float = _flag(0.9, "momentum", high=1)
+    eps: float = _flag(8.0, "L-inf radius of the training attack, in 255ths", group="threat", high=255)
+    step_size: float = _flag(2.0, "step of the training attack, in 255ths", high=255)
+    steps: int = _flag(10, "steps of the training attack")
+    eval_eps: float = _flag(None, "L-inf radius of the evaluation, in 255ths (--eps)", high=255, identity=False)
+    eval_step_size: float = _flag(2.0, "step of the evaluation's PGD, in 255ths", high=255, identity=False)
+    eval_steps: int = _flag(20, "steps of the evaluation's PGD", identity=False)
+    attacks: str = _flag(None, "what to evaluate, a comma list of clean, pgd, aa (all; synthetic clean,pgd)",
+                         pattern="(clean|pgd|aa)(,(clean|pgd|aa))*", identity=False)
     device: str = _flag("auto", "auto, cpu, cuda or cuda:N", group="machine", identity=False)
-    amp: str = _flag("auto", "precision of the convolutions; auto: bf16 where it is fast, fp16 on older GPUs, else off",
-                     choices=("auto", "bf16", "fp16", "off"))
-    compile: str = _flag("auto", "compile networks, and on CUDA replay attacks as graphs; auto: on CUDA only",
-                         choices=("auto", "on", "off"))
-    seed: int = _flag(0, "seed of the weights, of D_B and of every other draw", group="run", low=0, many=True)
+    amp: str = _flag("auto", "precision of the convolutions; auto: the fastest here", "auto bf16 off")
+    compile: str = _flag("auto", "compile networks, on CUDA replay attacks as graphs; auto: on CUDA", "auto on off")
+    seed: int = _flag(0, "seed of the weights, of D_B and of every other draw", group="run", many=True)
     out: str = _flag(None, "run folder (runs/NAME; with comma lists the parent of the run folders)", identity=False)
     overwrite: bool = _flag(False, "start afresh in a folder that holds a run", identity=False)
     checkpoint: str = _flag(None, "with --stage eval: score this file, not the run's own", identity=False)
@@ -197,12 +188,11 @@ class Config:
     # fmt: on
 
 
-# What is fixed about a data set: classes, image side, classes in the tail group, its own defaults.
 # fmt: off
-COMMON = dict(arch="resnet18", alpha=40.0, epochs=100, batch_size=128, lr=0.1, beta=6.0, weight_decay=5e-4,
-              milestones="0.75,0.9", attacks="clean,pgd,aa")
+COMMON = dict(arch="resnet18", alpha=40.0, epochs=100, batch_size=128, teacher_epochs=30, teacher_batch_size=32,
+              lr=0.1, beta=6.0, weight_decay=5e-4, milestones="0.75,0.9", attacks="clean,pgd,aa")
 SMALL = dict(arch="resnet8", alpha=10.0, epochs=12, teacher_epochs=8, batch_size=64, attacks="clean,pgd")
-DATASETS = {
+DATASETS = {  # classes, image side, classes in the tail group, defaults of its own
     "cifar10":      (10, 32, 1, dict(ir=50.0)),
     "cifar100":     (100, 32, 10, dict(ir=10.0)),
     "tinyimagenet": (200, 64, 20, dict(ir=10.0, arch="preactresnet18")),
@@ -213,15 +203,11 @@ DATASETS = {
 
 
 # 3  The method ========================================================================================================
-
-
 def balanced_indices(labels, per_class, seed) -> np.ndarray:
     """Draw the paper's D_B (section 4.2): exactly per_class positions of every class, each position floor or ceil times
-    equally often.
-
-    labels: int array [N] with classes 0..C-1; per_class: int >= 1. Large classes are thinned without replacement; small
-    ones repeated whole, the remainder drawn without replacement. Returns int64 [C*per_class]. ValueError for per_class
-    < 1 or an empty class."""
+    equally often. labels: int array [N] with classes 0..C-1; per_class: int >= 1. Large classes are thinned without
+    replacement; small ones repeated whole, the remainder drawn without replacement. Returns int64 [C*per_class].
+    ValueError for per_class < 1 or an empty class."""
     labels, rng, chosen = np.asarray(labels), np.random.default_rng(seed), []
     if per_class < 1 or per_class != int(per_class):
         raise ValueError(f"per_class {per_class}: must be a whole number of at least 1")
@@ -236,7 +222,7 @@ def balanced_indices(labels, per_class, seed) -> np.ndarray:
 
 def teacher_task(cfg, data):
     """The self-teacher's (Config, Data): the same training with settings of its own on D_B, drawn once per run with
-    floor(gamma n_min) images of every class; on all of D where cfg.teacher_data is 'full' (Figure 5's other teachers)."""
+    floor(gamma n_min) images of every class; on all of D where cfg.teacher_data is 'full' (Figure 5's other ones)."""
     cfg = replace(cfg, method=cfg.teacher_method, epochs=cfg.teacher_epochs, batch_size=cfg.teacher_batch_size)
     if cfg.teacher_data == "full":
         return cfg, data
@@ -263,10 +249,9 @@ def _class_counts(counts, classes, like):
 
 
 def balanced_softmax_loss(logits, y, counts, tau=1.0) -> torch.Tensor:
-    """Mean of -log softmax(z + b)[y] with b_c = tau ln n_c (eq. 1; Ren et al. 2020).
-
-    logits: float [N,C]; y: int64 [N]; counts: training images per class, C values >= 1. Uniform counts or tau 0 give
-    plain cross-entropy. Returns a scalar; ValueError for counts of another length."""
+    """Mean of -log softmax(z + b)[y] with b_c = tau ln n_c (eq. 1; Ren et al. 2020). logits: float [N,C]; y: int64 [N];
+    counts: training images per class, C values >= 1. Uniform counts or tau 0 give plain cross-entropy. Returns a
+    scalar; ValueError for counts of another length."""
     (logits,) = _float32(logits)
     return F.cross_entropy(logits + tau * _class_counts(counts, logits.shape[1], logits).log(), y)
 
@@ -279,18 +264,16 @@ def distillation_loss(student, teacher) -> torch.Tensor:
 
 
 def igdm_loss(student_plus, student_minus, teacher_plus, teacher_minus) -> torch.Tensor:
-    """Indirect gradient distillation: mean KL(softmax(T+ - T-) || softmax(S+ - S-)) (Lee et al. 2023).
-
-    Arguments: float logits [N,C] of student and teacher at x+d (plus) and x-d (minus), d = x'-x: differences of logits
-    stand for input gradients. The teacher's are detached; temperature 1. Returns a scalar >= 0."""
+    """Indirect gradient distillation: mean KL(softmax(T+ - T-) || softmax(S+ - S-)) (Lee et al. 2023). Arguments: float
+    logits [N,C] of student and teacher at x+d (plus) and x-d (minus), d = x'-x: differences of logits stand for input
+    gradients. The teacher's are detached; temperature 1. Returns a scalar >= 0."""
     plus, minus, *teacher = _float32(student_plus, student_minus, teacher_plus, teacher_minus)
     return distillation_loss(plus - minus, teacher[0] - teacher[1])
 
 
 def trades_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
-    """Mean CE(z(x), y) + beta * mean KL(p(x) || p(x')) (TRADES, Zhang et al. 2019); both sides carry gradient.
-
-    logits, logits_adv: float [N,C] at x and x'; y: int64 [N]. beta 0 is cross-entropy. Returns a scalar."""
+    """Mean CE(z(x), y) + beta * mean KL(p(x) || p(x')) (TRADES, Zhang et al. 2019); both sides carry gradient. logits,
+    logits_adv: float [N,C] at x and x'; y: int64 [N]. beta 0 is cross-entropy. Returns a scalar."""
     logits, logits_adv = _float32(logits, logits_adv)
     clean, adv = F.log_softmax(logits, 1), F.log_softmax(logits_adv, 1)
     return F.cross_entropy(logits, y) + beta * F.kl_div(adv, clean, reduction="batchmean", log_target=True)
@@ -298,9 +281,8 @@ def trades_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
 
 def mart_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
     """MART (Wang et al. 2020): boosted cross-entropy at x' plus a KL weighted by how unsure the network is of x,
-    mean[CE(z(x'), y) - ln(1.0001 - p_k(x') + 1e-12)] + beta * mean[KL(p(x) || p(x')) * (1.0000001 - p_y(x))].
-
-    k: the most probable class of x' but y; the KL takes ln(p(x') + 1e-12). Arguments as in trades_loss."""
+    mean[CE(z(x'), y) - ln(1.0001 - p_k(x') + 1e-12)] + beta * mean[KL(p(x) || p(x')) * (1.0000001 - p_y(x))]. k: the
+    most probable class of x' but y; the KL takes ln(p(x') + 1e-12). Arguments as in trades_loss."""
     logits, logits_adv = _float32(logits, logits_adv)
     clean, adv = F.softmax(logits, 1), F.softmax(logits_adv, 1)
     rival = adv.scatter(1, y[:, None], 0.0).amax(1)
@@ -310,9 +292,8 @@ def mart_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
 
 
 def robal_loss(scores, scores_adv, y, counts, *, scale, margin, tau_b, tau_m, beta) -> torch.Tensor:
-    """RoBal (Wu et al. 2021): CE of scale*(s(x') - m_y 1_y) + tau_b ln(n/N) plus beta * mean KL(p(x) || p(x')).
-
-    scores, scores_adv: cosine scores [N,C] at x and x'; m_c = margin + tau_m/scale * ln(n_c/n_min), larger for frequent
+    """RoBal (Wu et al. 2021): CE of scale*(s(x') - m_y 1_y) + tau_b ln(n/N) plus beta * mean KL(p(x) || p(x')). scores,
+    scores_adv: cosine scores [N,C] at x and x'; m_c = margin + tau_m/scale * ln(n_c/n_min), larger for frequent
     classes. The KL's softmaxes are of the unscaled scores, with ln(p(x') + 1e-12) and no detaching."""
     scores, scores_adv = _float32(scores, scores_adv)
     counts = _class_counts(counts, scores.shape[1], scores)
@@ -324,10 +305,9 @@ def robal_loss(scores, scores_adv, y, counts, *, scale, margin, tau_b, tau_m, be
 
 
 def reat_class_weights(counts, predicted) -> torch.Tensor:
-    """REAT's weights in its attack: w_c ~ 1 / (E_c + 1e-5), E_c = (1 - b^a)/(1 - b), b = (n_c - 1)/n_c, sum C.
-
-    counts: training images n_c >= 1 [C]; predicted: a_c [C], how often the network predicted the class at x' in the
-    epoch before. float64 inside, since 1 - b^a cancels. Returns float32 [C] (effective numbers, Cui et al. 2019)."""
+    """REAT's weights in its attack: w_c ~ 1 / (E_c + 1e-5), E_c = (1 - b^a)/(1 - b), b = (n_c - 1)/n_c, sum C. counts:
+    training images n_c >= 1 [C]; predicted: a_c [C], how often the network predicted the class at x' in the epoch
+    before. float64 inside, since 1 - b^a cancels. Returns float32 [C] (effective numbers, Cui et al. 2019)."""
     n, a = (torch.as_tensor(t).double() for t in (counts, predicted))
     b = (n - 1) / n
     weights = 1 / ((1 - b**a) * n + 1e-5)
@@ -337,43 +317,37 @@ def reat_class_weights(counts, predicted) -> torch.Tensor:
 def reat_tail_loss(features, y, counts, variant="official") -> torch.Tensor:
     """REAT's tail term (Li et al. 2023): for each sample i of the tail third of the classes, over all j of the batch,
     s_ij W_ij KL(softmax f_i || softmax f_j), s = -1 within a class and +1 between, W = u_yi + u_yj, u_c = sqrt(N/n_c),
-    f_i detached; mean over j and anchors; 0 without a tail sample.
-
-    features: float [B,d]; y: int64 [B]. 'intended' is that; 'official' what the released code computes: its criterion
-    averages over B and d before the signs and weights come in, so that one number per anchor remains. ValueError for
-    another variant."""
+    f_i detached; mean over j and anchors; 0 without a tail sample. features: float [B,d]; y: int64 [B]. 'intended' is
+    that; 'official' what the released code computes: its criterion averages over B and d before the signs and weights
+    come in, so that one number per anchor remains. ValueError for another variant."""
     if variant not in ("official", "intended"):
         raise ValueError(f"variant {variant!r}: want 'official' or 'intended'")
     (features,), counts = _float32(features), torch.as_tensor(counts).to(features)
     log_p, u = F.log_softmax(features, 1), (counts.sum() / counts).sqrt()[y]
     target, is_tail = log_p.detach(), (y > 2 * (len(counts) // 3)).to(features.dtype)
     divergence = (target.exp() * target).sum(1)[:, None] - target.exp() @ log_p.T  # [i,j] = KL(i || j)
-    sign = 1 - 2 * (y[:, None] == y[None]).to(features.dtype)
-    weighted = sign * (u[:, None] + u[None])
+    weights = (1 - 2 * (y[:, None] == y[None]).to(features.dtype)) * (u[:, None] + u[None])
     if variant == "official":
-        per_anchor = divergence.mean(1) / features.shape[1] * weighted.mean(1)
-    else:
-        per_anchor = (weighted * divergence).mean(1)
+        divergence = divergence.mean(1, keepdim=True) / features.shape[1]
+    per_anchor = (weights * divergence).mean(1)
     return (per_anchor * is_tail).sum() / is_tail.sum().clamp_min(1)
 
 
 @contextlib.contextmanager
 def awp_perturbation(model, loss_fn, gamma):
     """AWP (Wu et al. 2020): inside, every weight tensor w with more than one dimension is w + v, with v = gamma |w|
-    g/|g| and g the gradient of loss_fn() at w; afterwards v is subtracted again.
-
-    gamma 0 does nothing at all. The ascent's own forward leaves the model's buffers as they were. Frozen and unused
-    weights stay; v is 0 where g is not finite, since NaN could not be subtracted again."""
+    g/|g| and g the gradient of loss_fn() at w; afterwards v is subtracted again. gamma 0 does nothing at all. The
+    ascent's own forward leaves the model's buffers as they were. Frozen and unused weights stay; v is 0 where g is not
+    finite, since NaN could not be subtracted again."""
     if not gamma:
         yield
         return
     named = [(n, p) for n, p in model.named_parameters() if n.endswith("weight") and p.dim() > 1 and p.requires_grad]
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers, kept = list(model.buffers()), [buffer.clone() for buffer in model.buffers()]
     try:
         gradients = torch.autograd.grad(loss_fn(), [p for _, p in named], allow_unused=True)
     finally:
-        for buffer, value in kept:
-            buffer.copy_(value)
+        torch._foreach_copy_(buffers, kept)
     weights, gradients = zip(*[(p, g) for (_, p), g in zip(named, gradients) if g is not None])
     average_over_ranks(gradients)
     ratios = [gamma * w.detach().norm() / (g.norm() + 1e-20) for w, g in zip(weights, gradients)]
@@ -463,11 +437,6 @@ def weighted_objective(logits, y, aux):
     return F.cross_entropy(logits, y, weight=aux)
 
 
-def _clean_log_p(frozen, x, counts, predicted):
-    with torch.no_grad():
-        return F.log_softmax(frozen(x), 1)
-
-
 @dataclass(frozen=True)
 class Method:
     """A row of the comparison."""
@@ -475,7 +444,6 @@ class Method:
     loss: Callable  # Batch -> (scalar, logits at x')
     objective: Callable | None = cross_entropy_objective  # what the training attack ascends; None: x' = x
     init: str = "gauss"  # where the attack starts
-    forwards: int = 1  # train-mode forwards in the loss, for the time estimate
     aux: Callable = lambda frozen, x, counts, predicted: None  # -> the objective's third argument
     head: str = "linear"
     awp: float = 0.0  # gamma of the weight perturbation around the step
@@ -488,39 +456,34 @@ class Method:
 # Published settings: robust_overfitting (pgd-at), the methods' own repositories (others). RoBal with the step decay at
 # 60 and 75 of its configuration files, not the compounding one that its released code runs.
 # fmt: off
-LT = ("cifar10", "cifar100")
+LT, RICE = ("cifar10", "cifar100"), dict(epochs=200, milestones="0.5,0.75")
 METHODS = {
     "natural": Method(_pgd_at, objective=None),
-    "pgd-at":  Method(_pgd_at, init="uniform", official_data=LT, official=dict(epochs=200, milestones="0.5,0.75")),
+    "pgd-at":  Method(_pgd_at, init="uniform", official_data=LT, official=RICE),
     # in bf16 TRADES' attack loses 6 % of its strength: next to x its gradient is small against the rounding
-    "trades":  Method(_trades, kl_objective, forwards=2, aux=_clean_log_p, low_precision=False,
-                      official_data=("cifar10",),
-                      official=dict(epochs=76, milestones=f"{74 / 76}", weight_decay=2e-4)),
-    "mart":    Method(functools.partial(_trades, loss=mart_loss), forwards=2, official_data=("cifar10",),
-                      official=dict(epochs=120, milestones=f"{74 / 120},{89 / 120},{99 / 120}", lr=0.01,
-                                    weight_decay=3.5e-3, beta=5.0)),
-    "awp":     Method(_pgd_at, init="uniform", awp=0.01, official_data=LT,
-                      official=dict(epochs=200, milestones="0.5,0.75")),
-    "robal":   Method(_robal, forwards=2, head="cosine", official_data=LT,
+    "trades":  Method(_trades, kl_objective, low_precision=False, official_data=("cifar10",),
+                      aux=lambda frozen, x, counts, predicted: F.log_softmax(frozen(x), 1),
+                      official=dict(epochs=76, milestones="0.974", weight_decay=2e-4)),
+    "mart":    Method(functools.partial(_trades, loss=mart_loss), official_data=("cifar10",),
+                      official=dict(epochs=120, lr=0.01, weight_decay=3.5e-3, beta=5.0, milestones=".617,.742,.825")),
+    "awp":     Method(_pgd_at, init="uniform", awp=0.01, official_data=LT, official=RICE),
+    "robal":   Method(_robal, head="cosine", official_data=LT,
                       official=dict(epochs=80, milestones="0.75,0.9375", batch_size=64, weight_decay=2e-4)),
     "reat":    Method(_reat, weighted_objective, "uniform", official_data=LT,
                       aux=lambda frozen, x, counts, predicted: reat_class_weights(counts, predicted),
                       official=dict(epochs=80, milestones="0.75,0.9375")),
     "at-bsl":  Method(_at_bsl, official_data=(*LT, "tinyimagenet"), official=dict(milestones="0.74,0.89,0.99")),
-    "ltsd":    Method(_ltsd, forwards=2, teacher=True, official_data=(*LT, "tinyimagenet")),
+    "ltsd":    Method(_ltsd, teacher=True, official_data=(*LT, "tinyimagenet")),
 }
 # fmt: on
 
 
 # 4  Step and attack ===================================================================================================
 # One step: x_adv <- clip to [0,1] of clip to [x-eps, x+eps] of (x_adv + step_size * sign(grad))
-
-
 def pgd_step_reference(x_adv, grad, x, step_size, eps) -> torch.Tensor:
-    """One L-inf PGD step in plain PyTorch: the truth that the kernel equals bit for bit.
-
-    x_adv, x: float32 in [0,1], any shape; grad: that shape, any float dtype; step_size, eps: fractions of the pixel
-    range. sign(0) and sign(NaN) are 0. Returns a new tensor."""
+    """One L-inf PGD step in plain PyTorch: the truth that the kernel equals bit for bit. x_adv, x: float32 in [0,1],
+    any shape; grad: that shape, any float dtype; step_size, eps: fractions of the pixel range. sign(0) and sign(NaN)
+    are 0. Returns a new tensor."""
     sign = (grad > 0).to(x.dtype) - (grad < 0).to(x.dtype)
     moved = x_adv + step_size * sign
     projected = torch.minimum(torch.maximum(moved, x - eps), x + eps)
@@ -530,14 +493,11 @@ def pgd_step_reference(x_adv, grad, x, step_size, eps) -> torch.Tensor:
 if triton:
 
     @triton.jit
-    def _pgd_step_kernel(
-        x_adv_ptr, grad_ptr, x_ptr, low_ptr, n, step_size, eps, HAS_LOW: tl.constexpr, BLOCK: tl.constexpr
-    ):  # fmt: skip
-        # All [n]: x_adv float32, overwritten; grad float32, bfloat16 or float16; x float32; low any float type, written
-        # only if HAS_LOW
+    def _pgd_step_kernel(adv_ptr, grad_ptr, x_ptr, low_ptr, n, step_size, eps, LOW: tl.constexpr, BLOCK: tl.constexpr):
+        # All [n]: x_adv float32, overwritten; grad any float type; x float32; low any float type, written if LOW
         offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < n
-        x_adv = tl.load(x_adv_ptr + offsets, mask=mask)
+        x_adv = tl.load(adv_ptr + offsets, mask=mask)
         grad = tl.load(grad_ptr + offsets, mask=mask).to(tl.float32)
         x = tl.load(x_ptr + offsets, mask=mask)
         step_size = tl.cast(step_size, tl.float32)  # Inductor hands floats over as float64
@@ -546,8 +506,8 @@ if triton:
         moved = x_adv + step_size * sign
         projected = tl.minimum(tl.maximum(moved, x - eps), x + eps)
         result = tl.minimum(tl.maximum(projected, 0.0), 1.0)
-        tl.store(x_adv_ptr + offsets, result, mask=mask)
-        if HAS_LOW:
+        tl.store(adv_ptr + offsets, result, mask=mask)
+        if LOW:
             tl.store(low_ptr + offsets, result.to(low_ptr.dtype.element_ty), mask=mask)
 
 
@@ -555,22 +515,17 @@ STEP_BLOCK = 1024  # 4 warps of 32 threads take 8 values each: two 16-byte float
 
 
 def pgd_step(x_adv, grad, x, step_size, eps, out_low=None) -> torch.Tensor:
-    """One L-inf PGD step in place on x_adv; also writes the copy that the next low-precision forward reads.
-
-    x_adv, x: float32; grad: float32, bfloat16 or float16; out_low: None or one of those types; all of one shape, device
-    and memory layout (contiguous or channels_last), of any size. A fused Triton kernel on CUDA, and on any device when
+    """One L-inf PGD step in place on x_adv; also writes the copy that the next low-precision forward reads. x_adv, x:
+    float32; grad: float32, bfloat16 or float16; out_low: None or one of those types; all of one shape, device and
+    memory layout (contiguous or channels_last), of any size. A fused Triton kernel on CUDA, and on any device when
     TRITON_INTERPRET=1; else the reference. Returns x_adv. ValueError on a mismatch: the kernel walks memory, so that
     another layout would silently pair the wrong pixels."""
-    tensors = {"x": x, "x_adv": x_adv, "grad": grad} | ({} if out_low is None else {"out_low": out_low})
     dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    for name, t in tensors.items():
-        ours, theirs = ((tuple(u.shape), u.stride(), str(u.device)) for u in (t, x))
-        if ours != theirs or not dense:
-            raise ValueError(
-                f"{name} has shape, strides, device {ours}, x has {theirs}: must be equal and without gaps"
-            )
-        if t.dtype not in AMP_DTYPE.values() or (name[0] == "x" and t.dtype != torch.float32):
-            raise ValueError(f"{name} is {t.dtype}: x and x_adv must be float32, others float32, bf16, fp16")
+    for name, t in {"x": x, "x_adv": x_adv, "grad": grad, "out_low": grad if out_low is None else out_low}.items():
+        layout, wanted = ((list(u.shape), u.stride(), str(u.device)) for u in (t, x))
+        if layout != wanted or not dense or t.dtype not in ((torch.float32,) if name[0] == "x" else AMP_DTYPE.values()):
+            want = f"{wanted} without gaps; x, x_adv float32, the others float32, bf16 or fp16"
+            raise ValueError(f"{name} is {t.dtype}, shape, strides, device {layout}: want {want}")
     if triton and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         n, low = x.numel(), x_adv if out_low is None else out_low
         if n:
@@ -587,10 +542,9 @@ def pgd_step(x_adv, grad, x, step_size, eps, out_low=None) -> torch.Tensor:
 
 class FrozenCopy(nn.Module):
     """What an attack needs of a Net and no more: eval mode, no parameter gradients, convolutions in `dtype`, each with
-    the batch norm of its output folded in, float32 head. Images in [0,1] of any float dtype -> float32 logits.
-
-    It follows its source when `refresh` is called, in place, so that compiled code and captured graphs, which
-    `speed_up` adds for given batch sizes, see the new weights. Batches of any other size run as they are."""
+    the batch norm of its output folded in, float32 head. Images in [0,1] of any float dtype -> float32 logits. It
+    follows its source when `refresh` is called, in place, so that compiled code and captured graphs, which `speed_up`
+    adds for given batch sizes, see the new weights. Batches of any other size run as they are."""
 
     def __init__(self, model, dtype=torch.float32):
         super().__init__()
@@ -619,22 +573,16 @@ class FrozenCopy(nn.Module):
     def refresh(self):
         """Take over the source's present weights and running statistics: w' = w s, b' = beta - mean s, with s = weight
         / sqrt(var + eps), for all layers in a handful of multi-tensor operations."""
-        sources = []
-        if self.norms:
-            scale = torch._foreach_add([norm.running_var for norm in self.norms], self.norms[0].eps)
-            torch._foreach_sqrt_(scale)
-            scale = torch._foreach_div([norm.weight for norm in self.norms], scale)
-            shift = torch._foreach_mul([norm.running_mean for norm in self.norms], scale)
-            shift = torch._foreach_sub([norm.bias for norm in self.norms], shift)
-            sources = [conv.weight * s.view(-1, 1, 1, 1) for conv, s in zip(self.convs, scale)] + list(shift)
+        scale = torch._foreach_add([norm.running_var for norm in self.norms], self.norms[0].eps)
+        torch._foreach_sqrt_(scale)
+        scale = torch._foreach_div([norm.weight for norm in self.norms], scale)
+        shift = torch._foreach_mul([norm.running_mean for norm in self.norms], scale)
+        shift = torch._foreach_sub([norm.bias for norm in self.norms], shift)
+        sources = [conv.weight * s.view(-1, 1, 1, 1) for conv, s in zip(self.convs, scale)] + list(shift) + self.rest
         for kind in {t.dtype for t in self.targets}:  # a mixed list would lose the fused path
-            pairs = [(t, v) for t, v in zip(self.targets, sources + self.rest, strict=True) if t.dtype == kind]
+            pairs = [(t, v) for t, v in zip(self.targets, sources, strict=True) if t.dtype == kind]
             torch._foreach_copy_(*map(list, zip(*pairs)))
         return self
-
-    def train(self, mode=True):
-        """Stays in eval mode whatever its owner does."""
-        return super().train(False)
 
     def speed_up(self, *sizes):
         """Compile the forward for batches of these sizes; on CUDA also capture whole attacks as graphs."""
@@ -667,8 +615,7 @@ class FrozenCopy(nn.Module):
 
 def capture_cuda_graph(fn, inputs):
     """Warm fn up and capture fn(*inputs) as a CUDA graph -> (what replays it, its result)."""
-    device = inputs[0].device if inputs else torch.cuda.current_device()
-    with torch.cuda.device(device):
+    with torch.cuda.device(inputs[0].device):
         side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -684,39 +631,32 @@ def capture_cuda_graph(fn, inputs):
 @contextlib.contextmanager
 def eval_mode(model):
     """Put a module into eval mode inside, and every submodule back into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
     try:
-        yield model
+        yield model.eval()
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 def check_images(x, y, dtypes=(torch.float32,)):
     """Raise ValueError unless x is NCHW in [0,1] of one of `dtypes` and y int64 [N] on the same device."""
-    if torch.is_inference_mode_enabled():
-        raise ValueError("an attack needs gradients: call it outside torch.inference_mode()")
     said = [f"{t.dtype} {list(t.shape)} on {t.device}" if torch.is_tensor(t) else str(type(t)) for t in (x, y)]
-    if not torch.is_tensor(x) or x.ndim != 4 or x.dtype not in dtypes:
-        raise ValueError(f"x must be {dtypes[0]} NCHW, got {said[0]}")
-    if said[1] != f"torch.int64 [{len(x)}] on {x.device}":
-        raise ValueError(f"y must be int64 [{len(x)}] on {x.device}, got {said[1]}")
+    fits = torch.is_tensor(x) and x.ndim == 4 and x.dtype in dtypes
+    if not fits or said[1] != f"torch.int64 [{len(x)}] on {x.device}":
+        raise ValueError(f"want x {dtypes[0]} [N,C,H,W], y int64 [N] on its device; got {said[0]}, {said[1]}")
     if x.numel() and not (x.min() >= 0 and x.max() <= 1):  # a NaN fails both
         raise ValueError(f"x spans [{x.min():g}, {x.max():g}]: images must lie in [0,1]; divide by 255?")
 
 
-def pgd_attack(
-    model, x, y, *, eps, step_size, steps, init="uniform", objective=None, aux=None, generator=None
-) -> torch.Tensor:
-    """L-inf PGD (Madry et al. 2018): signed gradient ascent of `objective` inside the eps-ball and [0,1].
-
-    model: any nn.Module with inputs in [0,1], run in eval mode and left as it was (mode, buffers, gradients); a Net is
-    replaced by its FrozenCopy, a FrozenCopy taken as it is. x: float32 [N,C,H,W] in [0,1]; y: int64 [N]; eps,
-    step_size: fractions of the pixel range, in [0,1]; steps >= 0. init: 'uniform' U(-eps,eps), 'gauss' 0.001*N(0,1) as
-    in TRADES, or 'none'; the start is clipped to the ball and to [0,1]. objective(logits, y, aux) -> scalar, default
-    mean cross-entropy. generator: of the start noise, on x's device. Returns the last iterate, detached. ValueError for
-    input outside these ranges."""
+def pgd_attack(model, x, y, *, eps, step_size, steps, init="uniform", objective=None, aux=None, generator=None):
+    """L-inf PGD (Madry et al. 2018): signed gradient ascent of `objective` inside the eps-ball and [0,1]. model: any
+    nn.Module with inputs in [0,1], run in eval mode and left as it was (mode, buffers, gradients); a Net is replaced by
+    its FrozenCopy, a FrozenCopy taken as it is. x: float32 [N,C,H,W] in [0,1]; y: int64 [N]; eps, step_size: fractions
+    of the pixel range, in [0,1]; steps >= 0. init: 'uniform' U(-eps,eps), 'gauss' 0.001*N(0,1) as in TRADES, or 'none';
+    the start is clipped to the ball and to [0,1]. objective(logits, y, aux) -> scalar, default mean cross-entropy.
+    generator: of the start noise, on x's device. Returns the last iterate, detached. ValueError for input outside these
+    ranges."""
     if not (0 <= eps <= 1 and 0 <= step_size <= 1 and steps >= 0 and init in ("uniform", "gauss", "none")):
         given = f"eps {eps}, step_size {step_size}, steps {steps}, init {init!r}"
         raise ValueError(f"{given}: want eps, step_size in [0,1] (divide by 255?), init uniform, gauss or none")
@@ -757,44 +697,27 @@ def _ascend(forward, objective, eps, step_size, steps, x, y, start, aux=None):
 
 
 # 5  Training ==========================================================================================================
-
-
 def lr_at(epoch, epochs, lr, milestones=(0.75, 0.9)) -> float:
     """The learning rate of an epoch (1 .. epochs): lr, a tenth of it after each milestone, a share of the epochs."""
     return lr * 0.1 ** sum(epoch > round(share * epochs, 6) for share in milestones)
 
 
-def selection_starts(epochs):
-    """The first epoch whose weights may become 'best': the choice is among the last ceil(epochs/4)."""
-    return epochs - math.ceil(epochs / 4) + 1
-
-
-def image_passes(cfg):
-    """Forward passes that an image costs in an epoch of this training (a backward counts as two), for estimates."""
-    row = METHODS[cfg.method]
-    outer = 3 * row.forwards * (2 if row.awp else 1) + 2 * row.teacher
-    return outer + (3 * cfg.steps if row.objective else 0)
-
-
-def outer_step(row, batch, model, optimizer, scaler):
+def outer_step(row, batch, model, optimizer):
     """The optimiser's step on a batch; returns (loss, logits at x'), detached. Under torchrun every rank steps with the
     mean gradient and goes on with the mean running statistics, so that all attack one network."""
     model.train()
-    ascent = 128 if scaler.is_enabled() else 1  # of AWP's own gradient only the direction counts; fp16 wants it larger
-    with awp_perturbation(model, lambda: row.loss(batch)[0] * ascent, row.awp):
+    with awp_perturbation(model, lambda: row.loss(batch)[0], row.awp):
         loss, logits = row.loss(batch)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        loss.backward()
         average_over_ranks([p.grad for p in model.parameters() if p.grad is not None])
-        scaler.step(optimizer)
-        scaler.update()
+        optimizer.step()
     average_over_ranks([buffer for buffer in model.buffers() if buffer.is_floating_point()])
     return loss.detach(), logits.detach()
 
 
 def training_nets(cfg, model):
     """(student, frozen): the network as the outer loss calls it, in autocast, and its copy for the training attack.
-
     Compiled for whole batches only. The model itself stays as it is: what is saved has no trace of the compiler."""
     size = cfg.batch_size // WORLD
     frozen = FrozenCopy(model, AMP_DTYPE[cfg.amp] if METHODS[cfg.method].low_precision else torch.float32)
@@ -809,17 +732,6 @@ def training_nets(cfg, model):
     return student, frozen
 
 
-def start_training(name, cfg, device, classes):
-    """(model, optimizer, scaler) before the first epoch."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(cfg.seed, name, "weights"))
-        model = build_model(cfg.arch, classes, METHODS[cfg.method].head).to(device)
-    # a skipped fp16 step would leave fused momentum unset; unfused, its scaler reads the device in every step
-    options = dict(weight_decay=cfg.weight_decay, fused=device.type == "cuda" and cfg.amp != "fp16")
-    optimizer = torch.optim.SGD(model.parameters(), cfg.lr, cfg.momentum, **options)
-    return model, optimizer, torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
-
-
 def train(name, cfg, data, run, teacher=None) -> nn.Module:
     """Train a Net as cfg says on `data`, going on from the run's state.pt where that holds a training of this name.
 
@@ -831,17 +743,18 @@ def train(name, cfg, data, run, teacher=None) -> nn.Module:
     Under torchrun the ranks share batches as DistributedSampler would: equal shares, the last batch filled up from the
     epoch's first images. Batch statistics, and terms that pair the images of a batch (REAT's), are a share's own."""
     row, device = METHODS[cfg.method], data.train_images.device
-    model, optimizer, scaler = trainee = start_training(name, cfg, device, len(data.classes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(cfg.seed, name, "weights"))
+        model = build_model(cfg.arch, len(data.classes), row.head).to(device)
+    options = dict(momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+    optimizer = torch.optim.SGD(model.parameters(), cfg.lr, **options)
     counts = torch.tensor(data.counts, dtype=torch.float32, device=device)
     # what is true after the last complete epoch; `predicted`: how often it predicted each class at x'
     at = {"epoch": 0, "seconds": 0.0, "score": -1.0, "best": None, "predicted": counts.double().cpu()}
-    at = run.load_state(name, at, trainee)
-    (student, frozen), nets = (
-        training_nets(cfg, model),
-        scoring_nets(model, cfg, data.counts) if name == "student" else (),
-    )
-    threat = dict(eps=cfg.eps / 255, step_size=cfg.step_size / 255, steps=cfg.steps)
-    threat |= dict(objective=row.objective, init=row.init)
+    at = run.load_state(name, at, model, optimizer)
+    student, frozen = training_nets(cfg, model)
+    nets = scoring_nets(model, cfg, data.counts) if name == "student" else ()
+    threat = dict(eps=cfg.eps / 255, step_size=cfg.step_size / 255, steps=cfg.steps, objective=row.objective)
     milestones, saved, cost = [float(share) for share in cfg.milestones.split(",")], -math.inf, 0.0
     run.log(f"{name}: {cfg.method} on {len(data.train_labels)} images, {data.counts[0]} to {data.counts[-1]} a class")
     first = at["epoch"] + 1
@@ -860,11 +773,11 @@ def train(name, cfg, data, run, teacher=None) -> nn.Module:
             share = slice((step - 1) * cfg.batch_size + RANK, step * cfg.batch_size, WORLD)
             x, y = to_float(images[share]), labels[share]
             frozen.refresh()
-            aux, x_adv = row.aux(frozen, x, counts, before), x
+            aux, x_adv = torch.no_grad()(row.aux)(frozen, x, counts, before), x
             if row.objective:
-                x_adv = pgd_attack(frozen, x, y, aux=aux, generator=noise, **threat)
+                x_adv = pgd_attack(frozen, x, y, init=row.init, aux=aux, generator=noise, **threat)
             batch = Batch(student, x, x_adv, y, counts, cfg, cfg.alpha * epoch / cfg.epochs, teacher)
-            loss, logits = outer_step(row, batch, model, optimizer, scaler)
+            loss, logits = outer_step(row, batch, model, optimizer)
             guess = logits.argmax(1)
             sums += torch.stack([loss * len(y), (guess == y).sum()])
             predicted.index_add_(0, guess, torch.ones_like(guess, dtype=predicted.dtype))
@@ -874,7 +787,7 @@ def train(name, cfg, data, run, teacher=None) -> nn.Module:
                 if not math.isfinite(total):  # a NaN stays in a sum
                     where = f"{name}, epoch {epoch}, up to step {step}"
                     raise UserError(f"the loss was not finite ({where}): try a lower --lr; earlier epochs are saved")
-                run.estimate(cfg, name, at["epoch"], step, seen)
+                run.estimate(step, seen)
                 rate = seen / (time.perf_counter() - began)
                 eta = duration(((cfg.epochs - epoch + 1) * len(order) - seen) / rate)
                 show_progress(f"{name} {epoch}/{cfg.epochs} loss {total / seen:.3f}  {rate:.0f} img/s  ETA {eta}")
@@ -883,13 +796,13 @@ def train(name, cfg, data, run, teacher=None) -> nn.Module:
         at["predicted"] = sum(gather(predicted.double().cpu()))
         line = f"{name} {epoch:>4}/{cfg.epochs:<4} lr {lr:<7.2g} loss {total / len(order):8.4f}  train"
         line += f" {100 * hits / len(order):6.2f}  {at['seconds'] / epoch:7.1f} s/epoch"
-        if name == "student" and epoch >= selection_starts(cfg.epochs):
+        if name == "student" and epoch > cfg.epochs - math.ceil(cfg.epochs / 4):
             line += select(cfg, data, model, epoch, at, nets)
         run.log(line)
         # after every epoch, but for not more than a fiftieth of the time
         if epoch == cfg.epochs or time.perf_counter() - saved > 50 * cost:
             began = time.perf_counter()
-            run.save_state(name, at, trainee)
+            run.save_state(name, at, model, optimizer)
             saved = time.perf_counter()
             cost = saved - began
     run.save_model("teacher" if name == "teacher" else "last", weights_of(model), cfg.epochs)
@@ -910,8 +823,6 @@ def select(cfg, data, model, epoch, at, nets):
 
 
 # 6  Data ==============================================================================================================
-
-
 @dataclass
 class Data:
     """A training and a test set: uint8 NCHW images, int64 labels, class 0 the most frequent."""
@@ -940,24 +851,20 @@ def to_float(images_u8):
 
 
 def long_tail_counts(n_max, num_classes, ir) -> list:
-    """Images per class of the exponential profile: int(n_max * ir**(-c/(C-1))), class 0 the head, C-1 the tail.
-
-    n_max, num_classes: int >= 1; ir: imbalance ratio n_max/n_min >= 1 (1 keeps all). Truncated, not rounded, as in the
-    LDAM generator that RoBal, REAT and AT-BSL share. ValueError where a class would be empty."""
-    if not ir >= 1 or n_max < 1 or num_classes < 1:
-        raise ValueError(f"imbalance ratio {ir}, n_max {n_max}, {num_classes} classes: all must be >= 1")
+    """Images per class of the exponential profile: int(n_max * ir**(-c/(C-1))), class 0 the head, C-1 the tail. n_max,
+    num_classes: int >= 1; ir: imbalance ratio n_max/n_min >= 1 (1 keeps all). Truncated, not rounded, as in the LDAM
+    generator that RoBal, REAT and AT-BSL share. ValueError where a class would be empty."""
     counts = [int(n_max * ir ** (-c / max(num_classes - 1, 1))) for c in range(num_classes)]
-    if counts[-1] < 1:
-        raise ValueError(f"imbalance ratio {ir:g} leaves class {counts.index(0)} empty: at most {n_max}")
+    if not ir >= 1 or min(counts, default=0) < 1:
+        raise ValueError(f"n_max {n_max}, {num_classes} classes, imbalance ratio {ir}: want ir >= 1 and no empty class")
     return counts
 
 
 def long_tail_indices(labels, counts) -> np.ndarray:
-    """Positions of the long-tailed subset, class by class: the very images that RoBal, REAT and AT-BSL use.
-
-    labels: int array [N]; counts: images wanted per class. NumPy's legacy generator, seeded 0, shuffles each class's
-    ascending positions in turn; the first n_c stay. Returns int64 [sum(counts)] and touches no global generator.
-    ValueError where a class has too few images."""
+    """Positions of the long-tailed subset, class by class: the very images that RoBal, REAT and AT-BSL use. labels: int
+    array [N]; counts: images wanted per class. NumPy's legacy generator, seeded 0, shuffles each class's ascending
+    positions in turn; the first n_c stay. Returns int64 [sum(counts)] and touches no global generator. ValueError where
+    a class has too few images."""
     labels, rng, chosen = np.asarray(labels), np.random.RandomState(0), [np.empty(0, np.int64)]
     for c, wanted in enumerate(counts):
         members = np.flatnonzero(labels == c)
@@ -970,17 +877,15 @@ def long_tail_indices(labels, counts) -> np.ndarray:
 
 def augment(images_u8, policy, generator) -> torch.Tensor:
     """Augment a whole epoch at once: the policy, then a zero-pad-4 random crop, then a flip with p = 0.5, as AT-BSL.
-
     images_u8: uint8 [N,3,H,W], any device, not changed. policy: 'none', 'ra' (torchvision's RandAugment(2, 8)) or 'aua'
     (its AutoAugment, CIFAR-10 policy). generator: a CPU torch.Generator, the only source of randomness. Returns a new
     uint8 [N,3,H,W] on the same device. Crop and flip are drawn for each image; the policy for each of AUGMENT_GROUPS
     groups, group k being images k, k + AUGMENT_GROUPS, ...: every image has torchvision's law, and two images of a
     batch of up to AUGMENT_GROUPS share no draw. ValueError: unknown policy, another dtype or shape."""
     transforms = {"none": None, "ra": v2.RandAugment(2, 8), "aua": v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)}
-    if policy not in transforms:
-        raise ValueError(f"policy is {policy!r}; choose {', '.join(transforms)}")
-    if images_u8.dtype != torch.uint8 or images_u8.ndim != 4 or images_u8.shape[1] != 3:
-        raise ValueError(f"images must be uint8 [N,3,H,W], got {images_u8.dtype} {list(images_u8.shape)}")
+    if policy not in transforms or images_u8.dtype != torch.uint8 or images_u8.ndim != 4:
+        given = f"{policy!r}, images {images_u8.dtype} {list(images_u8.shape)}"
+        raise ValueError(f"policy {given}: want one of {', '.join(transforms)}, and uint8 [N,3,H,W]")
     (n, _, height, width), device, pad = images_u8.shape, images_u8.device, 4
     if transforms[policy]:
         images_u8 = images_u8.clone()
@@ -1005,7 +910,13 @@ def load_data(cfg) -> Data:
     data.train_images, data.train_labels = _limited(data.train_images, data.train_labels, cfg.train_limit)
     data.test_images, data.test_labels = _limited(data.test_images, data.test_labels, cfg.test_limit)
     available = np.bincount(data.train_labels)
-    data.counts = available.tolist() if cfg.ir is None else _largest_profile(available, cfg.ir)
+    data.counts = available.tolist()
+    if cfg.ir is not None:  # the largest profile that every class can fill
+        sizes = range(int(available[0]), math.ceil(cfg.ir) - 1, -1)
+        profiles = (long_tail_counts(n_max, len(available), cfg.ir) for n_max in sizes)
+        data.counts = next((counts for counts in profiles if np.all(counts <= available)), None)
+        if not data.counts:
+            raise UserError(f"--ir {cfg.ir:g}: the classes have {available.tolist()} images, too few for this ratio")
     chosen = torch.from_numpy(long_tail_indices(data.train_labels, data.counts))
     data.train_images, data.train_labels = data.train_images[chosen], data.train_labels[chosen]
     tail = DATASETS[cfg.data][2] or max(1, len(data.classes) // 10)
@@ -1017,19 +928,9 @@ def _limited(images, labels, limit):
     """About `limit` images: the same share of every class but at least one image, by a fixed seed."""
     if limit is None or limit >= len(labels):
         return images, labels
-    rng, members = np.random.default_rng(0), [np.flatnonzero(labels == c) for c in labels.unique()]
-    chosen = [rng.permutation(m)[: max(1, len(m) * limit // len(labels))] for m in members]
-    index = np.sort(np.concatenate(chosen))
+    rng, members = np.random.default_rng(0), [np.flatnonzero(labels == c) for c in range(int(labels.max()) + 1)]
+    index = np.sort(np.concatenate([rng.permutation(m)[: max(1, len(m) * limit // len(labels))] for m in members]))
     return images[index], labels[index]
-
-
-def _largest_profile(available, ir):
-    """The long-tail counts with the largest n_max that every class can fill."""
-    for n_max in range(int(available[0]), math.ceil(ir) - 1, -1):
-        counts = long_tail_counts(n_max, len(available), ir)
-        if np.all(counts <= available):
-            return counts
-    raise UserError(f"--ir {ir:g}: the classes have {available.tolist()} images, too few for this ratio")
 
 
 def load_cifar(name, data_dir) -> Data:
@@ -1060,7 +961,6 @@ def load_tinyimagenet(data_dir) -> Data:
 
 def load_folder(data_dir, size) -> Data:
     """Images of data_dir/train/CLASS/ and data_dir/test/CLASS/ (or val/), as torchvision's ImageFolder finds them.
-
     Classes are ordered by training count, most frequent first, ties by name. UserError for a layout that cannot be
     trained."""
     root = pathlib.Path(data_dir)
@@ -1069,8 +969,8 @@ def load_folder(data_dir, size) -> Data:
         parts = [torchvision.datasets.ImageFolder(folder) for folder in (root / "train", test)]
     names = parts[0].classes
     if names != parts[1].classes or len(names) < 2:
-        odd = ", ".join(sorted({*names} ^ {*parts[1].classes})[:5]) or "fewer than two"
-        raise UserError(f"--data-dir {data_dir}: train and test need the same two or more class folders, not so: {odd}")
+        odd = sorted({*names} ^ {*parts[1].classes}) or names
+        raise UserError(f"--data-dir {data_dir}: train and test need the same two or more classes; see {odd[:5]}")
     order = np.argsort(-np.bincount(parts[0].targets), kind="stable")
     rank = np.argsort(order).tolist()
     samples = [[(path, rank[label]) for path, label in part.samples] for part in parts]
@@ -1085,20 +985,17 @@ def _read_images(train, test, classes, size, cache) -> Data:
         saved = torch.load(cache, weights_only=True)
         if saved.pop("key") == key:
             return Data(**saved)
+
+    def decode(sample):
+        with blaming(f"{sample[0]} is not a readable image: remove or replace it"), Image.open(sample[0]) as image:
+            # fit cuts before it scales: a long strip does not fill the memory
+            return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR))
+
     parts = []
     for samples in (train, test):
-        out = np.empty((len(samples), size, size, 3), np.uint8)
-
-        def decode(i, samples=samples, out=out):
-            path = samples[i][0]
-            with blaming(f"{path} is not a readable image: remove or replace it"), Image.open(path) as image:
-                # fit cuts before it scales: a long strip does not fill the memory
-                out[i] = np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR))
-
         with ThreadPoolExecutor() as pool:
-            list(pool.map(decode, range(len(samples))))
-        labels = torch.tensor([label for _, label in samples])
-        parts += [torch.from_numpy(out).permute(0, 3, 1, 2).contiguous(), labels]
+            images = np.stack(list(pool.map(decode, samples)))
+        parts += [torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor([c for _, c in samples])]
     data = Data(*parts, classes)
     with contextlib.suppress(UserError):  # data on a read-only drive: no cache
         write_atomic(cache, {"key": key, **vars(data)})
@@ -1106,11 +1003,10 @@ def _read_images(train, test, classes, size, cache) -> Data:
 
 
 def make_synthetic(train_per_class=240, test_per_class=25, classes=10, size=32) -> Data:
-    """Images made on the spot that behave like photographs under attack, the same on every machine.
-
-    Each class has a coarse grating of its own wavelength and orientation, strong enough to survive eps 8/255 but
-    overlaid by those of other classes, and a fine one so faint that an attack can wipe it out, yet enough for a
-    naturally trained network to decide by. Phases are random, so that a crop changes nothing."""
+    """Images made on the spot that behave like photographs under attack, the same on every machine. Each class has a
+    coarse grating of its own wavelength and orientation, strong enough to survive eps 8/255 but overlaid by those of
+    other classes, and a fine one so faint that an attack can wipe it out, yet enough for a naturally trained network to
+    decide by. Phases are random, so that a crop changes nothing."""
     rng = np.random.default_rng(2025)
     yy, xx = np.mgrid[0:size, 0:size].astype(np.float32)
     c = np.arange(classes)
@@ -1139,9 +1035,7 @@ def make_synthetic(train_per_class=240, test_per_class=25, classes=10, size=32) 
 
 # 7  Models ============================================================================================================
 # Parameter names are those of the public CIFAR checkpoints. `folds` lists a module's pairs of a convolution and the
-# batch norm of its output alone: a FrozenCopy folds those; other norms become a scale and a shift there.
-
-
+# batch norm of its output alone: a FrozenCopy folds those.
 def _conv(cin, cout, side, stride=1):
     return nn.Conv2d(cin, cout, side, stride, side // 2, bias=False)
 
@@ -1164,9 +1058,8 @@ class BasicBlock(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """The pre-activation block: bn-relu-conv-bn-relu-conv plus a shortcut.
-
-    Where the shape changes, the shortcut is a bare 1x1 convolution of the activated input."""
+    """The pre-activation block: bn-relu-conv-bn-relu-conv plus a shortcut. Where the shape changes, the shortcut is a
+    bare 1x1 convolution of the activated input."""
 
     folds, projection = (("conv1", "bn2"),), "shortcut"
 
@@ -1206,9 +1099,8 @@ class CosineHead(nn.Module):
 
 
 class Net(nn.Sequential):
-    """Stem, stages of blocks, global average pool, head: images float [N,3,H,W] in [0,1] -> float32 logits.
-
-    Pool and head are float32 whatever the convolutions are: with bf16 logits many samples would get no gradient."""
+    """Stem, stages of blocks, global average pool, head: images float [N,3,H,W] in [0,1] -> float32 logits. Pool and
+    head are float32 whatever the convolutions are: with bf16 logits many samples would get no gradient."""
 
     def forward(self, x, with_features=False):
         """Logits [N,C], or with_features: (logits, pooled features [N,d]); all float32 (float64 for float64)."""
@@ -1232,10 +1124,9 @@ ARCHS = {  # block, blocks a stage, channels of stem and stages (each stage but 
 
 
 def build_model(arch, num_classes, head="linear") -> nn.Module:
-    """A freshly initialised Net of ARCHS, channels_last, no input normalisation inside.
-
-    num_classes >= 2; head: 'linear' or 'cosine' (RoBal). Draws from torch's global generator: seed it, or wrap the call
-    in torch.random.fork_rng. ValueError for an unknown name."""
+    """A freshly initialised Net of ARCHS, channels_last, no input normalisation inside. num_classes >= 2; head:
+    'linear' or 'cosine' (RoBal). Draws from torch's global generator: seed it, or wrap the call in
+    torch.random.fork_rng. ValueError for an unknown name."""
     if arch not in ARCHS or head not in ("linear", "cosine") or num_classes < 2:
         raise ValueError(f"no {arch!r} with {head!r} head, {num_classes} classes; arch: {', '.join(ARCHS)}")
     block, blocks, widths, stage = ARCHS[arch]
@@ -1244,9 +1135,8 @@ def build_model(arch, num_classes, head="linear") -> nn.Module:
         parts |= {"bn1": nn.BatchNorm2d(widths[0]), "relu": nn.ReLU()}
     for i, (cin, cout) in enumerate(itertools.pairwise(widths), 1):
         made = [block(cout if j else cin, cout, 2 if i > 1 and j == 0 else 1) for j in range(blocks)]
-        parts[stage.format(i)] = (
-            nn.Sequential(*made) if not wide else nn.Sequential(OrderedDict(layer=nn.Sequential(*made)))
-        )
+        layers = nn.Sequential(*made)
+        parts[stage.format(i)] = nn.Sequential(OrderedDict(layer=layers)) if wide else layers
     if block is not BasicBlock:
         parts |= {"bn1" if wide else "bn": nn.BatchNorm2d(widths[-1]), "relu": nn.ReLU()}
     parts["fc" if wide else "linear"] = (nn.Linear if head == "linear" else CosineHead)(widths[-1], num_classes)
@@ -1267,10 +1157,7 @@ def weights_of(model):
 
 def weights_crc32(model):
     """Checksum of all weights and statistics: the same for the same network, whatever file it came from."""
-    crc = 0
-    for tensor in weights_of(model).values():
-        crc = zlib.crc32(tensor.contiguous().numpy(), crc)
-    return f"{crc:08x}"
+    return f"{zlib.crc32(b''.join(t.contiguous().numpy().tobytes() for t in weights_of(model).values())):08x}"
 
 
 def read_checkpoint(path):
@@ -1281,17 +1168,15 @@ def read_checkpoint(path):
 
 
 def load_weights(model, path):
-    """Load a checkpoint, ours or one of TRADES, AT-BSL and kin, into a Net; returns its epoch or None.
-
-    Accepts a bare state_dict or one under 'state_dict', 'model' or 'net', prefixes 'module.' and '_orig_mod.', and the
-    unused 'sub_block1' of public WRNs. UserError where names or shapes do not fit, or weights are not finite."""
+    """Load a checkpoint, ours or one of TRADES, AT-BSL and kin, into a Net; returns its epoch or None. Accepts a bare
+    state_dict or one under 'state_dict', 'model' or 'net', prefixes 'module.' and '_orig_mod.', and the unused
+    'sub_block1' of public WRNs. UserError where names or shapes do not fit, or weights are not finite."""
     saved = read_checkpoint(path)
-    weights = saved if isinstance(saved, dict) else {None: None}
-    inner = [weights[k] for k in ("state_dict", "model", "net") if isinstance(weights.get(k), dict)]
-    weights = (inner or [weights])[0]
-    if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
+    inner = [saved[k] for k in ("state_dict", "model", "net") if isinstance(saved, dict) and k in saved]
+    weights = inner[0] if inner else saved
+    if not isinstance(weights, dict) or not all(torch.is_tensor(v) for v in weights.values()):
         raise UserError(f"{path} holds no state_dict: want one, bare or under 'state_dict', 'model' or 'net'")
-    weights = {k.replace("module.", "").replace("_orig_mod.", ""): v for k, v in weights.items()}
+    weights = {str(k).replace("module.", "").replace("_orig_mod.", ""): v for k, v in weights.items()}
     weights = {k: v for k, v in weights.items() if not k.startswith("sub_block1")}
     if not all(v.isfinite().all() for v in weights.values()):
         raise UserError(f"{path} holds NaN or infinite weights, of a training that diverged: name another")
@@ -1302,17 +1187,16 @@ def load_weights(model, path):
 
 # 8  AutoAttack ========================================================================================================
 # Own code from the papers: arXiv 2003.01690 (APGD), 1907.02044 (FAB), 1912.00049 (Square); maximum norm only.
-# An attack is a small class with start(lane), advance(lane) and the number of `evaluations` that end a lane; it steers by
-# one network, run_lanes() owns the batch and has every success confirmed by another. A lane is one job (point, target):
-# row i of every tensor in the dict `lane`, with its own counter lane["step"][i]. A lane that ends is refilled at once, so
-# that the batch stays full until the jobs run out; then it shrinks.
-
+# An attack is a small class with start(lane), advance(lane) and the number of `evaluations` that end a lane; it steers
+# by one network, run_lanes() owns the batch and has every success confirmed by another. A lane is one job (point,
+# target): row i of every tensor in the dict `lane`, with its own counter lane["step"][i]. A lane that ends is refilled
+# at once, so that the batch stays full until the jobs run out; then it shrinks.
 AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
 FLOATS = (torch.float32, torch.float64)
 
 
-# Every random draw is a hash of (seed, attack, point, target, iteration, number): it depends neither on the batch a point
-# sits in nor on the device. int64 products wrap; masking off the sign's copies makes the shifts logical.
+# Every random draw is a hash of (seed, attack, point, target, iteration, number): it depends neither on the batch a
+# point sits in nor on the device. int64 products wrap; masking off the sign's copies makes the shifts logical.
 def hash64(z):
     """splitmix64's output function, element by element. int64 in, int64 out (all 64 bits used)."""
     z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
@@ -1417,9 +1301,8 @@ class APGD:
 
 
 def project_linf(t, w, gap):
-    """Smallest d in the maximum norm with <w, d> = -gap and t + d in [0, 1]; else the corner closest to that.
-
-    t, w [N, D]; gap [N]. Every coordinate moves by the same length, cut at the room it has. The length solves sum |w|
+    """Smallest d in the maximum norm with <w, d> = -gap and t + d in [0, 1]; else the corner closest to that. t, w [N,
+    D]; gap [N]. Every coordinate moves by the same length, cut at the room it has. The length solves sum |w|
     min(length, room) = |gap|: concave and piecewise linear, so Newton from the left arrives exactly, after about four
     steps (sorting the breakpoints takes three times as long)."""
     need, weight = gap.abs(), w.abs()
@@ -1437,9 +1320,8 @@ def project_linf(t, w, gap):
 
 
 class FAB:
-    """Targeted FAB (1907.02044): step onto the linearised boundary to the target, drawn to the clean point.
-
-    Two forwards and one backward an iteration. Merging the verdict with the next gradient does not pay: after a success
+    """Targeted FAB (1907.02044): step onto the linearised boundary to the target, drawn to the clean point. Two
+    forwards and one backward an iteration. Merging the verdict with the next gradient does not pay: after a success
     (nine iterations in ten) the backward step moves the point, which needs its own forward."""
 
     ALPHA_MAX, ETA, BETA = 0.1, 1.05, 0.9
@@ -1469,7 +1351,6 @@ class FAB:
 class Square:
     """Square attack: random search over squares whose side follows a schedule; values only, no gradient."""
 
-    P_INIT = 0.8
     HALVE_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
     def __init__(self, net, eps, queries):
@@ -1483,8 +1364,8 @@ class Square:
         lane |= {"low": low, "high": high, "z": torch.where(stripes, low, high)}
         lane |= {"best": x0, "margin": x0.new_full((n,), math.inf)}
         halvings = torch.bucketize(torch.arange(self.evaluations), torch.tensor(self.HALVE_AFTER))
-        sides = (self.P_INIT * height * width / 2 ** halvings.double()).sqrt().round()  # at each step
-        self.sides = sides.clamp(1, min(height, width)).long().to(x0.device)
+        sides = (0.8 * height * width / 2 ** halvings.double()).sqrt().round().clamp(1, min(height, width))
+        self.sides = sides.long().to(x0.device)  # at each step
 
     def advance(self, lane):
         """As APGD's."""
@@ -1503,9 +1384,8 @@ class Square:
         words = random_bits(lane["key"] + lane["step"] + 1, channels + 2)
 
         def inside(word, length):
-            # Places 0 to length - side - 1, as in the official code: the last row and column stay out. With all places
-            # (the paper's) Square is stronger, by 14 points on 12x12 images. The word's upper half times the number of
-            # places, shifted, is a place.
+            # Places 0 to length - side - 1, as in the official code: the last row and column stay out, though with all
+            # places, as in the paper, Square is stronger. The word's upper half times their number, shifted, is one.
             first = ((((word >> 32) & 0xFFFFFFFF) * (length - side).clamp_(min=1)) >> 32)[:, None]
             place = torch.arange(length, device=word.device)
             return (place >= first) & (place < first + side[:, None])
@@ -1515,31 +1395,10 @@ class Square:
         return torch.where(square, colour, lane["best"])
 
 
-def confirm(exact, lane, scored, claims, used_up):
-    """-> bool [lanes], which are fooled: the network that steers only claims, `exact` decides. A lane ending without
-    success gets one more exact look, at its best point, which then replaces `scored`."""
-    fooled = np.zeros_like(claims)
-    for images, asked in ((scored, claims), (lane["best"], used_up)):
-        slots = torch.as_tensor(np.flatnonzero(asked & ~fooled), device=scored.device)
-        if len(slots):
-            hits = slots[is_fooled(exact(images[slots]), lane["y"][slots])]
-            scored[hits] = images[hits]
-            fooled[hits.cpu().numpy()] = True
-    return fooled
-
-
 def run_lanes(name, attack, exact, rows, make_lane, batch_size) -> dict:
-    """Run an attack on rows: all against their first target, those still robust against the second, ...
-
-    -> the fooled: {"rows": int64 [k], "images": [k,C,H,W] on the CPU, "seconds"}."""
-    began = shown = time.monotonic()
-    queue, jobs, lane, tick = (
-        [(row, 0) for row in rows],
-        [],
-        {},
-        0,
-    )  # jobs[i] of lane i: row, rank of target, first tick
-    total = left = len(queue) * attack.targets * attack.evaluations  # lane iterations still to do, at most
+    """Run an attack on rows: all against their first target, those still robust against the second, ... -> the fooled:
+    {"rows": int64 [k], "images": [k,C,H,W] on the CPU, "seconds"}."""
+    began, queue, jobs, lane = time.monotonic(), [(row, 0) for row in rows], [], {}  # jobs: (row, rank of its target)
     found, images = [], [torch.empty(0)]
     while queue or jobs:
         fresh, queue = queue[: batch_size - len(jobs)], queue[batch_size - len(jobs) :]
@@ -1547,29 +1406,30 @@ def run_lanes(name, attack, exact, rows, make_lane, batch_size) -> dict:
             new = make_lane(fresh)
             attack.start(new)
             lane = {name: torch.cat([lane[name], new[name]]) for name in new} if jobs else new
-            jobs += [(row, rank, tick) for row, rank in fresh]
-        left, tick = left - len(jobs), tick + 1
+            jobs += fresh
         scored, claims = attack.advance(lane)
         lane["step"] = lane["step"] + 1
         # this waits for the device
         claims, used_up = torch.stack([claims, lane["step"] >= attack.evaluations]).cpu().numpy()
-        fooled = claims if attack.net is exact else confirm(exact, lane, scored, claims, used_up)
+        fooled = claims & (attack.net is exact)
+        # the network that steers only claims; a lane that ends without success gets one more look, at its best point
+        for looked_at, asked in ((scored, claims & ~fooled), (lane["best"], used_up & ~fooled)):
+            slots = torch.as_tensor(np.flatnonzero(asked & ~fooled), device=scored.device)
+            if attack.net is not exact and len(slots):
+                hits = slots[is_fooled(exact(looked_at[slots]), lane["y"][slots])]
+                scored[hits] = looked_at[hits]
+                fooled[hits.cpu().numpy()] = True
         ended = fooled | used_up
         if fooled.any():
-            hits = list(itertools.compress(jobs, fooled))
-            left -= sum((attack.targets - rank) * attack.evaluations - tick + first for _, rank, first in hits)
-            found += [row for row, _, _ in hits]
+            found += [row for row, _ in itertools.compress(jobs, fooled)]
             images.append(scored[torch.as_tensor(fooled, device=scored.device)].cpu())
         if ended.any():
             survivors = itertools.compress(jobs, ended & ~fooled)
-            queue += [(row, rank + 1) for row, rank, _ in survivors if rank + 1 < attack.targets]
+            queue += [(row, rank + 1) for row, rank in survivors if rank + 1 < attack.targets]
             jobs = list(itertools.compress(jobs, ~ended))
             keep = torch.as_tensor(np.flatnonzero(~ended), device=scored.device)
             lane = {name: tensor.index_select(0, keep) for name, tensor in lane.items()}
-        now = time.monotonic()
-        if now - shown > 0.5:
-            shown, done = now, 1 - left / total
-            show_progress(f"{name} {100 * done:.0f} %  ETA {duration((now - began) * (1 - done) / done)}")
+            show_progress(f"{name}: {len(rows) - len(found)} robust, {len(queue) + len(jobs)} still to attack")
     show_progress()
     images = torch.cat(images[1:] or images)
     return {"rows": torch.tensor(found, dtype=torch.int64), "images": images, "seconds": time.monotonic() - began}
@@ -1581,24 +1441,14 @@ def warn_of_odd_models(net, x, y, logits, gradients):
     if gradients:
         slope = input_gradient(net, x, lambda logits: margin(logits, y))[2]
         zero = float((slope.flatten(1) == 0).all(1).double().mean())
-    if apart > 1e-4:
-        warnings.warn(
-            f"autoattack: the same images twice give logits {apart:.1e} apart: the model is randomised and "
-            "will look too robust; make it deterministic, or average several forwards inside it",
-            stacklevel=3,
-        )
-    if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-4).all():
-        warnings.warn(
-            "autoattack: the outputs are nonnegative and sum to 1: return logits, not softmax probabilities, "
-            "whose gradients vanish on confident points",
-            stacklevel=3,
-        )
-    if zero > 0.1:
-        warnings.warn(
-            f"autoattack: {100 * zero:.0f} % of the images have an exactly zero input gradient (gradient "
-            "masking): APGD and FAB are blind there; add an attack made for this defence",
-            stacklevel=3,
-        )
+    softmax = (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-4).all()
+    said = {
+        f"the same images twice give logits {apart:.1e} apart: a randomised model looks too robust": apart > 1e-4,
+        "the outputs are probabilities: return logits, softmax's gradients vanish": softmax,
+        f"{100 * zero:.0f} % of the images have a zero input gradient: APGD and FAB are blind there": zero > 0.1,
+    }
+    for text in (text for text, holds in said.items() if holds):
+        warnings.warn(f"autoattack: {text}", stacklevel=3)
 
 
 def autoattack(
@@ -1606,24 +1456,17 @@ def autoattack(
     iterations=100, queries=5000, targets=9, index=None, state=None, nets=None,
 ) -> torch.Tensor:  # fmt: skip
     """AutoAttack standard in the maximum norm (Croce & Hein 2020): each attack runs on the points that survived those
-    before it.
-
-    model: nn.Module, [N,C,H,W] in [0,1] -> logits [N,classes]; run in eval mode and left as it was. x: float32 or
-    float64; y: int64 [N]; same device. Returns x_adv like x: a fooled point carries its adversarial image, any other is
-    unchanged. log: called with one line of text at a time. iterations: of APGD and FAB, per target. index: int64 [N],
-    the points' numbers in the random draws (default 0 .. N-1): results do not depend on batch_size. state: a mutable
-    mapping; state[attack] is set when that attack has ended and used when the same call is made again (that it is the
-    same is the caller's care). nets: (steer, exact), the forward by which APGD ascends and the one that decides
+    before it. model: nn.Module, [N,C,H,W] in [0,1] -> logits [N,classes]; run in eval mode and left as it was. x:
+    float32 or float64; y: int64 [N]; same device. Returns x_adv like x: a fooled point carries its adversarial image,
+    any other is unchanged. log: called with one line of text at a time. iterations: of APGD and FAB, per target. index:
+    int64 [N], the points' numbers in the random draws (default 0 .. N-1): results do not depend on batch_size. state: a
+    mutable mapping; state[attack] is set when that attack has ended and used when the same call is made again (that it
+    is the same is the caller's care). nets: (steer, exact), the forward by which APGD ascends and the one that decides
     everything; by default the model twice, a Net as its FrozenCopy. Fewer than 10 classes: as many targets as there
     are; fewer than 4: APGD-T climbs z_target - z_y, as DLR needs 4. ValueError for bad input."""
     check_images(x, y, FLOATS)
-    budget = (iterations, queries, targets)
-    known = bool(attacks) and sorted(attacks) == sorted(set(attacks) & set(AUTOATTACK))
-    if not 0 <= eps <= 1 or min(batch_size, *budget) < 1 or not known:
-        given = f"eps {eps}, batch_size {batch_size}, iterations, queries, targets {budget}, attacks {attacks}"
-        raise ValueError(f"{given}: want eps in [0,1], counts >= 1, each attack one of {AUTOATTACK}")
-    if index is not None and (index.shape != y.shape or index.dtype != torch.int64):
-        raise ValueError(f"index must be int64 [{len(x)}], got {index.dtype} {list(index.shape)}")
+    if not 0 <= eps <= 1 or min(batch_size, iterations, queries, targets) < 1 or not set(attacks) <= set(AUTOATTACK):
+        raise ValueError(f"eps {eps}, attacks {attacks}: want eps in [0,1], counts >= 1, attacks from {AUTOATTACK}")
     x, x_adv, log = x.detach(), x.detach().clone(), log or (lambda line: None)
     if not len(x):
         return x_adv
@@ -1632,18 +1475,16 @@ def autoattack(
     index = torch.arange(len(x)) if index is None else index.cpu()
     with eval_mode(exact), torch.no_grad(), ieee_float32():
         logits = torch.cat([exact(part) for part in x.split(batch_size)])
-        shape, classes = list(logits.shape), logits.shape[-1]
-        if shape != [len(y), classes] or classes < 2 or logits.dtype not in FLOATS or not logits.isfinite().all():
-            raise ValueError(f"logits are {logits.dtype} {shape}: want finite float32 [{len(y)}, 2 or more classes]")
-        if not 0 <= y.min() <= y.max() < classes:
-            raise ValueError(f"y spans [{y.min()}, {y.max()}]: want labels from 0 and below {classes}")
+        classes = logits.shape[-1]
+        if logits.shape != (len(y), classes) or logits.dtype not in FLOATS or not logits.isfinite().all():
+            raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}: want finite float32 [{len(y)}, classes]")
+        if not 0 <= y.min() <= y.max() < classes or classes < 2:
+            raise ValueError(f"y spans [{y.min()}, {y.max()}]: want labels of {classes} classes, two at least")
         part = slice(batch_size)
         warn_of_odd_models(exact, x[part], y[part], logits[part], set(attacks) != {"square"})
         # column 0 is y itself, then come its rivals in the order of the clean logits
-        order, robust = (
-            logits.scatter(1, y[:, None], math.inf).argsort(1, descending=True),
-            (logits.argmax(1) == y).cpu(),
-        )
+        order = logits.scatter(1, y[:, None], math.inf).argsort(1, descending=True)
+        robust = (logits.argmax(1) == y).cpu()
         log(f"clean     points {int(robust.sum())}  accuracy {100 * robust.double().mean():.2f} %")
 
         def make_lane(jobs):  # of [(row, target's rank), ...]
@@ -1653,12 +1494,11 @@ def autoattack(
             lane = {"key": key, "step": torch.zeros_like(rows), "x0": x[rows], "y": y[rows]}
             return lane | {"target": order[rows, ranks + 1]}
 
+        targets, climb = min(targets, classes - 1), targeted_dlr if classes >= 4 else logit_gap
         made = {
             "apgd-ce": APGD(steer, eps, iterations, lambda z, lane: F.cross_entropy(z, lane["y"], reduction="none")),
-            "apgd-t": APGD(
-                steer, eps, iterations, targeted_dlr if classes >= 4 else logit_gap, min(targets, classes - 1)
-            ),
-            "fab-t": FAB(exact, eps, iterations, min(targets, classes - 1)),
+            "apgd-t": APGD(steer, eps, iterations, climb, targets),
+            "fab-t": FAB(exact, eps, iterations, targets),
             "square": Square(exact, eps, queries),
         }
         for name in attacks:
@@ -1674,13 +1514,12 @@ def autoattack(
             log(f"{name:9s} points {int(robust.sum())}  robust {share:.2f} %  {found['seconds']:.1f} s")
         late = len(state["square"]["rows"]) if "square" in attacks[1:] else 0
         if late > max(1, 0.002 * len(x)):
-            text = f"autoattack: Square fooled {late} points that the gradient attacks missed: suspect "
-            warnings.warn(text + "gradient masking; add an attack made for this defence", stacklevel=2)
+            text = f"autoattack: Square fooled {late} points that the gradient attacks missed: are they masked?"
+            warnings.warn(text, stacklevel=2)
     return x_adv
 
 
 # 9  Evaluation ========================================================================================================
-
 ATTACKS = ("clean", "pgd", "aa")
 
 
@@ -1704,16 +1543,14 @@ def ieee_float32():
 
 
 def scoring_nets(model, cfg, counts):
-    """(steer, exact): a Net's copies in the precision of the run and in float32, for `evaluate`.
-
-    RoBal's network gets its post-hoc head beyond 10 classes: 10 * scores - 1.7 ln(n_c/N), attacked as such."""
+    """(steer, exact): a Net's copies in the precision of the run and in float32, for `evaluate`. RoBal's network gets
+    its post-hoc head beyond 10 classes: 10 * scores - 1.7 ln(n_c/N), attacked as such."""
     exact = FrozenCopy(model)
     nets = (exact if cfg.amp == "off" else FrozenCopy(model, AMP_DTYPE[cfg.amp]), exact)
     for net in set(nets):
         if isinstance(model[-1], CosineHead) and len(counts) > 10:
-            prior = torch.tensor(counts, dtype=torch.float32) / sum(counts)
-            net.net[-1].scale = 10.0
-            net.net[-1].prior.copy_(1.7 * prior.log())
+            net.net[-1].scale, shares = 10.0, torch.tensor(counts) / sum(counts)
+            net.net[-1].prior.copy_(1.7 * shares.log())
         if cfg.compile == "on":
             net.speed_up(EVAL_BATCH)
     return nets
@@ -1723,16 +1560,15 @@ def evaluate(
     model, images_u8, labels, *, tail=(), attacks=("clean", "pgd"), eps=8 / 255, step_size=2 / 255, steps=20,
     seed=0, batch_size=EVAL_BATCH, nets=None, log=None, state=None,
 ) -> dict:  # fmt: skip
-    """Accuracy on test images in percent: overall, per class, on the tail classes.
-
-    images_u8: uint8 [N,3,H,W]; labels: int64 [N], same device; tail: class indices. 'clean' is plain accuracy; 'pgd'
-    the accuracy at the last iterate of PGD (uniform start clipped to [0,1], one restart, no early exit); 'aa' the
-    accuracy under AutoAttack standard, to which log and state go. nets: (steer, exact), the forwards that ascend and
-    that decide, by default the model twice, a Net as its FrozenCopy; verdicts are IEEE float32. Noise depends on the
-    seed and the batch's or the point's number only; under torchrun each rank takes whole batches, and all return the
-    same. Returns clean, tail_clean, class_clean (a list) and the like, with balanced_* (mean of the class accuracies)
-    where classes differ in size; tail_* is None where no image is of the tail. No global generator is touched and the
-    model is left as it was. ValueError for no images, or another dtype or shape."""
+    """Accuracy on test images in percent: overall, per class, on the tail classes. images_u8: uint8 [N,3,H,W]; labels:
+    int64 [N], same device; tail: class indices. 'clean' is plain accuracy; 'pgd' the accuracy at the last iterate of
+    PGD (uniform start clipped to [0,1], one restart, no early exit); 'aa' the accuracy under AutoAttack standard, to
+    which log and state go. nets: (steer, exact), the forwards that ascend and that decide, by default the model twice,
+    a Net as its FrozenCopy; verdicts are IEEE float32. Noise depends on the seed and the batch's or the point's number
+    only; under torchrun each rank takes whole batches, and all return the same. Returns clean, tail_clean, class_clean
+    (a list) and the like, with balanced_* (mean of the class accuracies) where classes differ in size; tail_* is None
+    where no image is of the tail. No global generator is touched and the model is left as it was. ValueError for no
+    images, or another dtype or shape."""
     given = [f"{t.dtype} {list(t.shape)}" if torch.is_tensor(t) else str(type(t)) for t in (images_u8, labels)]
     if not given[0].startswith("torch.uint8 [") or given[1] != f"torch.int64 [{len(images_u8)}]" or not len(images_u8):
         raise ValueError(f"got images {given[0]}, labels {given[1]}: want uint8 [N,3,H,W] and int64 [N], N > 0")
@@ -1759,22 +1595,16 @@ def evaluate(
                 with ieee_float32():
                     logits = exact(x_adv)
                 correct[name][part] = (logits.argmax(1) == y) & ~logits.isnan().any(1)  # NaN is never right
-    correct = {name: torch.stack(gather(flags.cpu())).any(0) for name, flags in correct.items()}
-    parts = [_metrics(name, flags, labels, list(tail)) for name, flags in correct.items()]
-    return {k: v for part in parts for k, v in part.items()}
-
-
-def _metrics(name, flags, labels, tail):
-    """bool [N] flags of one attack -> its percentages in results.json."""
-    labels, flags = labels.cpu().numpy(), flags.cpu().numpy()
-    counts, hits = np.bincount(labels), np.bincount(labels, flags)
-    per_class = 100 * hits / counts.clip(1)
-    out = {name: float(100 * hits.sum() / counts.sum()), f"class_{name}": [round(v, 4) for v in per_class.tolist()]}
-    tail = [c for c in tail if c < len(counts)]
-    out[f"tail_{name}"] = float(100 * hits[tail].sum() / counts[tail].sum()) if counts[tail].any() else None
-    if len(set(counts.tolist())) > 1:
-        out[f"balanced_{name}"] = float(per_class[counts > 0].mean())
-    return out
+    counts, result = np.bincount(labels.cpu()), {}
+    tail = [c for c in tail if c < len(counts) and counts[c]]
+    for name, flags in correct.items():
+        hits = np.bincount(labels.cpu(), torch.stack(gather(flags.cpu())).any(0))
+        per_class = 100 * hits / counts.clip(1)
+        result |= {name: float(100 * hits.sum() / counts.sum()), f"class_{name}": per_class.round(4).tolist()}
+        result[f"tail_{name}"] = float(100 * hits[tail].sum() / counts[tail].sum()) if tail else None
+        if len({*counts}) > 1:
+            result[f"balanced_{name}"] = float(per_class[counts > 0].mean())
+    return result
 
 
 def save_examples(path, net, images_u8, labels, count, log, *, eps, step_size, steps, seed=0):
@@ -1784,21 +1614,18 @@ def save_examples(path, net, images_u8, labels, count, log, *, eps, step_size, s
     x, y = to_float(images_u8[index]), labels[index]
     generator = torch.Generator(x.device).manual_seed(derive_seed(seed, "examples"))
     x_adv = pgd_attack(net, x, y, eps=eps, step_size=step_size, steps=steps, generator=generator)
-    triples, content = torch.stack([x, x_adv, (0.5 + 10 * (x_adv - x)).clamp(0, 1)], 1), io.BytesIO()
-    torchvision.utils.save_image(triples.flatten(0, 1).cpu(), content, format="png", nrow=12)
-    write_atomic(path, content.getvalue())
-    with eval_mode(net), torch.no_grad():
-        said = zip(y.tolist(), *(net(images).argmax(1).tolist() for images in (x, x_adv)), strict=True)
+    triples = torch.stack([x, x_adv, (0.5 + 10 * (x_adv - x)).clamp(0, 1)], 1).flatten(0, 1)
+    with writing(path), eval_mode(net), torch.no_grad():
+        torchvision.utils.save_image(triples.cpu(), path, nrow=12)
+        said = zip(y.tolist(), net(x).argmax(1).tolist(), net(x_adv).argmax(1).tolist())
     log(f"{path} (label: clean > attacked prediction) " + ", ".join("{}: {} > {}".format(*row) for row in said))
 
 
 # 10  Runs and report ==================================================================================================
-
-
 def writing(path):
-    return blaming(
-        f"cannot write {path}: check path, rights and free space, or try another --out; saved files are whole", OSError
-    )
+    """Around a write: one line for what cannot be written."""
+    remedy = "check path, rights and free space, or try another --out; saved files are whole"
+    return blaming(f"cannot write {path}: {remedy}", OSError)
 
 
 def write_atomic(path, content):
@@ -1827,7 +1654,6 @@ def read_json(path) -> dict:
 
 class Run:
     """A run's folder, locked as long as this object's log is open; aa.pt is there while AutoAttack is under way.
-
     Opening it compares settings and training images with those it was begun with: UserError where they differ."""
 
     FILES = ("config.json", "state.pt", "teacher.pt", "best.pt", "last.pt", "results.json", "report.md")
@@ -1847,12 +1673,9 @@ class Run:
 
     def _claim(self):
         """Lock the folder, empty it for --overwrite, write config.json or compare with the one that is there."""
-        try:
+        busy = f"{self.path} is in use by another process: wait for it, or choose another --out"
+        with contextlib.suppress(OSError), blaming(busy, BlockingIOError):  # suppressed: a drive without locks
             fcntl and fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path} is in use by another process: wait for it, or choose another --out") from None
-        except OSError:  # a drive without locks
-            pass
         if self.cfg.overwrite:
             for old in (*map(self.path.joinpath, self.FILES), *self.path.glob("aa*.pt")):
                 old.unlink(missing_ok=True)
@@ -1861,8 +1684,9 @@ class Run:
         theirs = read_json(path).get("identity", mine)
         odd = [f"{k} {theirs.get(k)} there, {mine[k]} here" for k in mine if theirs.get(k) != mine[k]]
         if odd:
-            said = f"holds a run of another configuration ({', '.join(odd)})"
-            raise UserError(f"{self.path} {said}: choose another --out, or --overwrite it")
+            raise UserError(
+                f"{self.path} holds another run ({', '.join(odd)}): choose another --out, or --overwrite it"
+            )
         write_atomic(path, json.dumps({"identity": mine, "config": asdict(self.cfg)}, indent=1) + "\n")
 
     def log(self, line):
@@ -1875,39 +1699,42 @@ class Run:
     def save_model(self, name, weights, epoch):
         write_atomic(self.path / f"{name}.pt", dict(state_dict=weights, epoch=epoch, arch=self.cfg.arch))
 
-    def save_state(self, name, at, trainee):
-        """state.pt: the training's name, what is true after its last complete epoch, and (model, optimizer, scaler);
-        then best.pt from it, so that the two never disagree."""
-        saved = dict(name=name, at=at, trainee=[part.state_dict() for part in trainee])
-        write_atomic(self.path / "state.pt", saved)
+    def save_state(self, name, at, *parts):
+        """state.pt: the training's name, what is true after its last complete epoch, network and optimiser; then
+        best.pt from it, so that the two never disagree."""
+        write_atomic(self.path / "state.pt", dict(name=name, at=at, parts=[part.state_dict() for part in parts]))
         if at["best"]:
             self.save_model("best", **at["best"])
 
-    def load_state(self, name, at, trainee):
-        """Fill the trainee from state.pt and return its `at`; the given `at` where there is none of this training."""
+    def load_state(self, name, at, *parts):
+        """Fill the parts from state.pt and return its `at`; the given `at` where there is none of this training."""
         path = self.path / "state.pt"
-        state = read_checkpoint(path) if path.exists() else {}
-        if name != state.get("name"):
-            return at
         with blaming(f"{path} does not fit this run: start afresh with --overwrite"):
-            for part, saved in zip(trainee, state["trainee"], strict=True):
-                part.load_state_dict(saved)
-            at = {key: state["at"][key] for key in at}
+            state = read_checkpoint(path) if path.exists() else {}
+            if state.get("name") == name:
+                for part, saved in zip(parts, state["parts"], strict=True):
+                    part.load_state_dict(saved)
+                at = {key: state["at"][key] for key in at}
+                self.log(f"{name}: going on after epoch {at['epoch']}")
         if at["best"]:
             self.save_model("best", **at["best"])
-        self.log(f"{name}: going on after epoch {at['epoch']}")
         return at
 
-    def estimate(self, cfg, name, done, step, seen):
-        """From steps 2 to 5 of the first training of a call, say once how long all of it takes on this device."""
+    def estimate(self, step, seen):
+        """From steps 2 to 5 of the first training of a call, say once how long a whole run takes on this device. A
+        training image counts 8 passes and 3 a step of its attack; AutoAttack 2,400 a point, since for APGD-CE, APGD-T,
+        FAB-T, Square (303, 2,727, 3,600, 5,001 passes) 46, 22, 19, 19 % of the points are left (Table 2)."""
         if step == 1 and self.clock != ():
             self.clock = time.perf_counter(), seen
         elif step == 5 and self.clock:
-            unit = (time.perf_counter() - self.clock[0]) / ((seen - self.clock[1]) * image_passes(cfg))
-            work = work_ahead(name, done, self.cfg, self.data)
-            each = ", ".join(f"{part} {duration(passes * unit)}" for part, passes in work.items())
-            self.log(f"about {duration(sum(work.values()) * unit)} in all on this device ({each})")
-            self.clock = ()
+            image, self.clock = (time.perf_counter() - self.clock[0]) / (seen - self.clock[1]), ()
+            cfg, (teacher, its_data), tests = self.cfg, teacher_task(self.cfg, self.data), len(self.data.test_labels)
+            passes = math.ceil(cfg.epochs / 4) * 62, 2 * (3 * cfg.eval_steps + 2 + 2400 * ("aa" in cfg.attacks))
+            parts = {"teacher": teacher.epochs * len(its_data.train_labels) * METHODS[cfg.method].teacher}
+            parts["student"] = cfg.epochs * len(self.data.train_labels)
+            parts |= {part: tests * n / (3 * cfg.steps + 8) for part, n in zip(("selection", "evaluation"), passes)}
+            each = ", ".join(f"{part} {duration(images * image)}" for part, images in parts.items())
+            self.log(f"a whole run takes about {duration(sum(parts.values()) * image)} on this device ({each})")
 
     def save_results(self, part="", seconds=0.0, **changes):
         """Change results.json and add to the seconds of a part of the run."""
@@ -1917,26 +1744,6 @@ class Run:
         changes["seconds"] = {**spent, part: round(spent.get(part, 0) + seconds, 3)}
         write_atomic(path, json.dumps({**known, **changes}, indent=1) + "\n")
         gather(None)
-
-
-# Forward passes of AutoAttack for a test image, where 46, 22, 19 and 19 % of the points are left for its four attacks
-# (Table 2): 303 of APGD-CE, 2,727 of APGD-T, 3,600 of FAB-T, 5,001 of Square, early successes not counted.
-AUTOATTACK_PASSES = 2400
-
-
-def work_ahead(name, done, cfg, data):
-    """{part: forward passes} of what a call still does when the training `name` has `done` epochs behind it."""
-    work, tests, (teacher, its_data) = {}, len(data.test_labels), teacher_task(cfg, data)
-    if name == "teacher":
-        work["teacher"] = (teacher.epochs - done) * len(its_data.train_labels) * image_passes(teacher)
-        done = 0
-    if name == "student" or cfg.stage == "all":
-        work["student"] = (cfg.epochs - done) * len(data.train_labels) * image_passes(cfg)
-        work["selection"] = (cfg.epochs - max(done, selection_starts(cfg.epochs) - 1)) * tests * (3 * 20 + 2)
-    if cfg.stage == "all":
-        work["evaluation"] = (2 + METHODS[cfg.method].teacher) * tests * (3 * cfg.eval_steps + 2)
-        work["AutoAttack"] = 2 * tests * AUTOATTACK_PASSES * ("aa" in cfg.attacks)
-    return work
 
 
 def environment(cfg):
@@ -1956,7 +1763,7 @@ def identity(cfg):
 
 
 def run_name(cfg):
-    """A folder name: the settings people vary, then a checksum of all that count (and of the place of a folder's data)."""
+    """A folder name: the settings people vary, then a checksum of all (and of the place of a folder's data)."""
     place = str(pathlib.Path(cfg.data_dir).resolve()) if cfg.data == "folder" else ""
     digest = zlib.crc32(json.dumps([identity(cfg), place]).encode())
     ratio = "owncounts" if cfg.ir is None else f"ir{cfg.ir:g}"
@@ -1989,26 +1796,25 @@ def load_net(cfg, data, path):
 
 
 def evaluate_run(cfg, data, run):
-    """Evaluate teacher, best and last, or --checkpoint, under this Config's threat, as far as results.json lacks it.
-
-    An entry belongs to weights, threat and test images; best and last are evaluated once where they are the same."""
-    names = ["best", "last"] if not METHODS[cfg.method].teacher else ["teacher", "best", "last"]
+    """Evaluate teacher, best and last, or --checkpoint, under this Config's threat, as far as results.json lacks it. An
+    entry belongs to weights, threat and test images; best and last are evaluated once where they are the same."""
     threat = dict(eps=cfg.eval_eps / 255, step_size=cfg.eval_step_size / 255, steps=cfg.eval_steps, seed=cfg.seed)
     test, aa_path = {"images": len(data.test_labels), "crc32": data.crc32("test")}, run.path / f"aa{RANK or ''}.pt"
     about = {"counts": data.counts, "classes": data.classes, "tail_classes": data.tail, "test": test}
+    names = ["teacher"] * METHODS[cfg.method].teacher + ["best", "last"]
     for name in [cfg.checkpoint] if cfg.checkpoint else names:
         began, key = time.perf_counter(), evaluation_key(cfg, name)
-        path = pathlib.Path(name) if cfg.checkpoint else run.path / f"{name}.pt"
+        path = pathlib.Path(name if cfg.checkpoint else run.path / f"{name}.pt")
         model, epoch, nets = load_net(*(teacher_task(cfg, data) if name == "teacher" else (cfg, data)), path)
         if cfg.examples:
-            options = (nets[1], data.test_images, data.test_labels, cfg.examples, run.log)
-            save_examples(run.path / f"examples-{path.stem}.png", *options, **threat)
+            grid = run.path / f"examples-{path.stem}.png"
+            save_examples(grid, nets[1], data.test_images, data.test_labels, cfg.examples, run.log, **threat)
         results, crc32 = read_json(run.path / "results.json"), weights_crc32(model)
         known, entry = results.get("checkpoints", {}) if results.get("data") == about else {}, {}
         for twin in (evaluation_key(cfg, "best"), key):
             entry = known[twin] if known.get(twin, {}).get("crc32") == crc32 else entry
-        wanted = [attack for attack in ATTACKS if attack in cfg.attacks.split(",") and attack not in entry]
-        wanted = [attack for attack in wanted if attack != "aa" or name != "teacher"]  # Table 6 has none
+        attacks = cfg.attacks.replace("aa", "") if name == "teacher" else cfg.attacks  # Table 6 has none
+        wanted = [attack for attack in ATTACKS if attack in attacks.split(",") and attack not in entry]
         entry = {**entry, "epoch": epoch, "crc32": crc32}
         if wanted:
             state = SavedState(aa_path, f"{key} {crc32} {test['crc32']} {cfg.amp} {RANK}/{WORLD}")
@@ -2016,18 +1822,15 @@ def evaluate_run(cfg, data, run):
             options = dict(threat, tail=data.tail, attacks=wanted, nets=nets, log=run.log, state=state)
             entry |= evaluate(model, data.test_images, data.test_labels, **options)
         if known.get(key) != entry:
-            changes = dict(
-                config=asdict(cfg), environment=run.environment, data=about, checkpoints={**known, key: entry}
-            )
-            run.save_results("evaluation", time.perf_counter() - began, **changes)
+            about_run = dict(config=asdict(cfg), environment=run.environment, data=about)
+            run.save_results("evaluation", time.perf_counter() - began, **about_run, checkpoints={**known, key: entry})
         aa_path.unlink(missing_ok=True)
 
 
 # The paper's tables: number, data, IR, arch, method; clean PGD-20 AA T-clean T-PGD of the best, then the last epoch. A
 # dash: not given, or lost in its text. 'teacher': PGD-AT on D_B (Table 6). '+ra', '+aua': Table 4.
 # fmt: off
-PAPER = """
-1 cifar10 50 resnet18 pgd-at 52.71 29.30 27.57 12.7 1.0 56.39 26.98 25.81 20.8 2.2
+PAPER = """1 cifar10 50 resnet18 pgd-at 52.71 29.30 27.57 12.7 1.0 56.39 26.98 25.81 20.8 2.2
 1 cifar10 50 resnet18 trades 45.79 28.66 27.01 6.7 0.8 47.10 28.00 26.45 6.4 0.6
 1 cifar10 50 resnet18 mart 44.03 29.36 27.59 5.0 0.5 47.33 28.08 26.55 10.9 1.0
 1 cifar10 50 resnet18 awp 51.69 32.42 30.35 5.3 0.2 51.89 32.42 30.35 10.9 0.6
@@ -2087,8 +1890,7 @@ PAPER = """
 8 cifar100 10 wrn34-10 robal 49.06 18.23 16.79 27.6 9.4 46.92 15.48 14.69 28.0 6.8
 8 cifar100 10 wrn34-10 reat 49.06 20.00 18.08 34.4 12.2 47.65 16.95 15.60 33.6 9.8
 8 cifar100 10 wrn34-10 at-bsl 50.05 18.96 17.10 38.3 13.3 47.95 16.40 15.31 32.2 9.5
-8 cifar100 10 wrn34-10 ltsd 50.55 23.43 20.16 38.4 19.5 50.87 22.21 19.44 42.5 18.4
-"""
+8 cifar100 10 wrn34-10 ltsd 50.55 23.43 20.16 38.4 19.5 50.87 22.21 19.44 42.5 18.4"""
 # fmt: on
 COLUMNS = dict(clean="clean", pgd="PGD-20", aa="AA", tail_clean="T-clean", tail_pgd="T-PGD", tail_aa="T-AA")
 # What the paper leaves open, or what cannot matter to its numbers: any value may stand beside them.
@@ -2105,7 +1907,7 @@ def paper_row(cfg, name) -> dict:
     usual, mine = identity(resolve(usual)), identity(cfg)
     method = "teacher" if name == "teacher" else cfg.method + ("" if cfg.aug == "none" else f"+{cfg.aug}")
     key = [cfg.data, f"{cfg.ir or 0:g}", cfg.arch, method]
-    rows = [cells for cells in map(str.split, PAPER.strip().split("\n")) if cells[1:5] == key]
+    rows = [cells for cells in map(str.split, PAPER.splitlines()) if cells[1:5] == key]
     if not rows or any(mine[k] != usual[k] for k in mine if k not in FREE):
         return {}
     numbers = rows[0][10 if name == "last" else 5 :][:5]
@@ -2119,8 +1921,8 @@ def read_run(path, cfg):
     with blaming(f"{path} holds no such evaluation: {remedy}"):
         config, results = read_json(path / "config.json"), read_json(path / "results.json")
         own = Config(**config["config"])
-        own = replace(own, eval_eps=own.eps if cfg.eval_eps is None else cfg.eval_eps, out=str(path))
-        own = replace(own, eval_step_size=cfg.eval_step_size, eval_steps=cfg.eval_steps)
+        threat = dict(eval_step_size=cfg.eval_step_size, eval_steps=cfg.eval_steps)
+        own = replace(own, eval_eps=own.eps if cfg.eval_eps is None else cfg.eval_eps, **threat)
         keys, found = {n: evaluation_key(own, n) for n in ("teacher", "best", "last")}, results["checkpoints"]
         shown = {name: found[key] for name, key in keys.items() if key in found}
         [float(entry.get(column) or 0) for entry in shown.values() for column in COLUMNS]  # are they numbers?
@@ -2151,17 +1953,13 @@ def by_setting(runs) -> list:
     for cfg, own, shown, _ in runs:
         own = {**own, "seed": None}
         settings.setdefault(json.dumps(own), Setting(cfg, own, {}, [])).runs.append(shown)
-    settings = list(settings.values())
-    for s in settings:
-        ratio = "own counts" if s.cfg.ir is None else f"IR {s.cfg.ir:g}"
-        method = s.cfg.method if s.cfg.aug == "none" else f"{s.cfg.method}+{s.cfg.aug}"
-        s.words = {"data": s.cfg.data, "ir": ratio, "arch": s.cfg.arch, "method": method}
-        rivals = [other.own for other in settings if all(other.own[k] == s.own[k] for k in (*s.words, "aug"))]
-        for key in [k for k in s.own if any(own.get(k) != s.own[k] for own in rivals)]:
-            value = s.own[key]
-            s.words[key] = f"{key.replace('_', '-')} {value:g}" if isinstance(value, float) else f"{key} {value}"
+    for s in settings.values():
+        s.words = {"data": s.cfg.data, "ir": f"IR {s.cfg.ir or 0:g}".replace("IR 0", "own counts"), "arch": s.cfg.arch}
+        s.words["method"] = s.cfg.method if s.cfg.aug == "none" else f"{s.cfg.method}+{s.cfg.aug}"
+        rivals = [r.own for r in settings.values() if all(r.own[k] == s.own[k] for k in (*s.words, "aug"))]
+        s.words |= {k: f"{k} {v}" for k, v in s.own.items() if any(own.get(k) != v for own in rivals)}
         s.words["seed"] = f"seed {s.cfg.seed}" if len(s.runs) == 1 else f"({len(s.runs)} runs)"
-    return settings
+    return list(settings.values())
 
 
 def markdown(rows):
@@ -2182,10 +1980,8 @@ def table(runs) -> str:
         stats, epochs = [s.stat(c, name) for c in columns], {run[name]["epoch"] for run in s.runs if name in run}
         if epochs:
             cells = [f"{t[0]:.2f}" + (f" ± {t[1]:.2f}" if t[2] > 1 else "") if t else "-" for t in stats]
-            # not all runs may have it
-            cells = [c + (f" (n={t[2]})" if t and t[2] < len(s.runs) else "") for c, t in zip(cells, stats)]
             rows.append([s.label(), name + (f" (epoch {epochs.pop()})" if len(epochs) == 1 else ""), *cells])
-        if epochs is not None and (paper := paper_row(s.cfg, name)):
+        if epochs and (paper := paper_row(s.cfg, name)):
             pairs = [(t, paper.get(c)) for c, t in zip(columns, stats)]
             rows.append(["", "paper", *("-" if p is None else f"{p:.2f}" for _, p in pairs)])
             rows.append(["", "gap", *(f"{t[0] - p:+.2f}" if t and p is not None else "-" for t, p in pairs)])
@@ -2203,8 +1999,6 @@ def report(paths, cfg, folder):
     for path in dict.fromkeys(paths):
         try:
             runs.append(read_run(path, cfg))
-            if not {"best", "last"} <= runs[-1][2].keys():
-                notes.append(f"\nUnfinished: {path} lacks best or last.")
         except UserError as error:
             notes.append(f"\nLeft out: {error}.")
     if not runs:
@@ -2226,27 +2020,24 @@ def save_figure(folder, name, title, *draws):
     figure.suptitle(title)
     for ax, draw in zip(figure.subplots(1, len(draws), squeeze=False)[0], draws):
         draw(ax)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    if figure.axes[0].get_legend_handles_labels()[1]:
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     print(f"figure {path}", flush=True)
 
 
-# Okabe and Ito's colours, told apart by the colour-blind, and as many markers; the star is ltsd's.
-LOOKS = list(zip(("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#999999"), "osD^vPX"))
+# Okabe and Ito's colours, told apart by the colour-blind, and as many markers; the last is ltsd's.
+LOOKS = [*zip(("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#999999", "#D55E00"), "osD^vPX*")]
 
 
 def plot(ax, i, s, xs, stats, **style):
     """Means with error bars (standard deviation over the seeds) in the look of the i-th Setting s."""
     means, spreads = zip(*((t[0], t[1]) if t else (math.nan, 0) for t in stats))
-    color, marker = LOOKS[i % len(LOOKS)]
-    look = (
-        dict(color="#D55E00", marker="*", ms=14) if s.cfg.method == "ltsd" else dict(color=color, marker=marker, ms=7)
-    )
-    ax.errorbar(xs, means, spreads if any(spreads) else None, capsize=3, **look | style)
+    color, marker = LOOKS[-1 if s.cfg.method == "ltsd" else i % (len(LOOKS) - 1)]
+    look = dict(color=color, marker=marker, ms=14 if marker == "*" else 7, capsize=3)
+    ax.errorbar(xs, means, spreads if any(spreads) else None, **look | style)
 
 
 def report_figures(settings, folder):
@@ -2260,17 +2051,15 @@ def report_figures(settings, folder):
     shared = [k for k in ("data", "ir", "arch") if len({s.words[k] for s in settings}) == 1]
     title = ", ".join([*(settings[0].words[k] for k in shared), f"best epoch, eps {settings[0].cfg.eval_eps:g}/255"])
 
-    def scatter(a, b, ax):
+    def scatter(ax, a, b):
         for i, s in enumerate(settings):
             x, y, paper = s.stat(a), s.stat(b), paper_row(s.cfg, "best")
             if x and y:
                 plot(ax, i, s, [x[0]], [y], xerr=x[1] or None, ls="none")
-                text = dict(textcoords="offset points", fontsize=9)
-                ax.annotate(s.label(*shared, "seed"), (x[0], y[0]), (7, 5), **text)
+                ax.annotate(s.label(*shared, "seed"), (x[0], y[0]), (7, 5), textcoords="offset points", fontsize=9)
             if paper.get(a) and paper.get(b):
                 plot(ax, i, s, [paper[a]], [(paper[b], 0)], ls="none", mfc="none", zorder=1)
-        ax.set(xlabel=f"{COLUMNS[a]} accuracy (%)", ylabel=f"{COLUMNS[b]} accuracy (%)")
-        ax.margins(0.15)
+        ax.set(xlabel=f"{COLUMNS[a]} accuracy (%)", ylabel=f"{COLUMNS[b]} accuracy (%)", xmargin=0.2)
 
     def classes(ax):
         for i, s in enumerate(settings):
@@ -2280,142 +2069,86 @@ def report_figures(settings, folder):
             plot(ax, i, s, range(1, len(stats) + 1), stats, label=s.label(*shared))
         ax.set(xlabel="group of classes, most to least frequent", ylabel=f"{COLUMNS[robust]} accuracy (%)")
 
-    def sweep(key, families, tail, who, ax):
+    def sweep(ax, key, families, tail):
         for (i, family), column in itertools.product(enumerate(families), ("clean", "pgd")):
-            (xs, members), label = zip(*family), family[0][1].label(key, "seed", *shared)
-            style = dict(ls="-" if column == "pgd" else "--", label=f"{label}, {COLUMNS[column]}")
+            (xs, members), name = zip(*family), COLUMNS[tail + column]
+            style = dict(ls="-" if column == "pgd" else "--", label=f"{members[0].label(key, 'seed', *shared)}, {name}")
             plot(ax, i, members[0], xs, [s.stat(tail + column) for s in members], **style)
-        ax.set(xlabel=key, ylabel=f"accuracy (%), {who}", xscale="log" if key == "ir" else "linear")
+        ax.set(xlabel=key, ylabel="accuracy (%)", xscale="log" if key == "ir" else "linear")
 
-    first, second = functools.partial(scatter, "clean", robust), functools.partial(scatter, "tail_clean", "tail_pgd")
-    save_figure(folder, "scatter.png", title, first, second)
+    pairs = (("clean", robust), ("tail_clean", "tail_pgd"))
+    save_figure(folder, "scatter.png", title, *(functools.partial(scatter, a=a, b=b) for a, b in pairs))
     save_figure(folder, "classes.png", title, classes)
     for key in ("ir", "alpha", "gamma"):
         families = {}
         for s in settings:
             x = max(1.0, s.cfg.ir / 2) if key == "gamma" and s.cfg.gamma is None and s.cfg.ir else getattr(s.cfg, key)
             families.setdefault(json.dumps({**s.own, key: None, "images": None}), []).append((x, s))
-        families = [
-            sorted(f, key=lambda pair: pair[0]) for f in families.values() if len(f) > 1 and f[0][0] is not None
-        ]
-        draws = [
-            functools.partial(sweep, key, families, *which) for which in (("", "overall"), ("tail_", "tail classes"))
-        ]
+        families = [sorted(f, key=lambda pair: pair[0]) for f in families.values() if len(f) > 1 and f[0][0]]
         if families:
+            draws = [functools.partial(sweep, key=key, families=families, tail=tail) for tail in ("", "tail_")]
             save_figure(folder, f"{key}.png", title, *draws)
 
 
 # 11  Theory ===========================================================================================================
 # Eq. (2): y = +1 (head) with probability r / (r + 1), else -1 (tail); x ~ N(eta * y, I) in n dimensions: eta places the
-# two means, the standard deviation is 1. The keys below: classifier, then clean or attacked error.
-TAIL_ERRORS = (("nat", "std"), ("nat", "rob"), ("rob", "std"), ("rob", "rob"))
+# two means, the standard deviation is 1. An error's key: classifier, then std (clean) or rob (attacked).
+CLASSIFIERS = {"nat": "natural", "rob": "adversarial"}
 
 
 def theorem1(n, eta, eps, r) -> dict:
-    """Theorem 1 (eq. 4-5): tail errors of the optimal natural and the optimal robust linear classifier.
-
-    n: dimension, a whole number >= 1. eta, eps: floats, 0 <= eps < eta; the attack moves a coordinate by at most eps.
-    r: imbalance ratio >= 1. Returns a dict of floats: nat_std, nat_rob, rob_std, rob_rob in [0, 1], and the biases
-    b_nat, b_rob (eq. 11, 16), which belong to w = (1, ..., 1) / sqrt(n). At eps = 0 or r = 1 the two classifiers are
-    one. ValueError outside these ranges."""
+    """Theorem 1 (eq. 4-5): tail errors of the optimal natural and the optimal robust linear classifier. n: dimension, a
+    whole number >= 1. eta, eps: floats, 0 <= eps < eta; the attack moves a coordinate by at most eps. r: imbalance
+    ratio >= 1. Returns a dict of floats: nat_std, nat_rob, rob_std, rob_rob in [0, 1], and the biases b_nat, b_rob (eq.
+    11, 16), which belong to w = (1, ..., 1) / sqrt(n). At eps = 0 or r = 1 the two classifiers are one. ValueError
+    outside these ranges."""
     if n != int(n) or n < 1 or not 1 <= r < math.inf or not 0 <= eps < eta < math.inf:
         raise ValueError(f"n {n}, eta {eta}, eps {eps}, r {r}: want whole n >= 1, 0 <= eps < eta and finite r >= 1")
     margins = {"std": math.sqrt(n) * eta, "rob": math.sqrt(n) * (eta - eps)}
-    b = {
-        "nat": math.log(r) / (2 * margins["std"]),
-        "rob": math.log(r) / (2 * margins["rob"]),
-    }  # each for its own margin
-    errors = {f"{key}_{kind}": 0.5 * math.erfc((margins[kind] - b[key]) / math.sqrt(2)) for key, kind in TAIL_ERRORS}
-    return errors | {"b_nat": b["nat"], "b_rob": b["rob"]}  # an error is Phi(b - margin)
-
-
-def theory_trained(n, eta, eps, r, samples, generator) -> dict:
-    """The same by training: logistic regression on `samples` points of eq. (2), natural and adversarial.
-
-    Newton's method, float64, full batch; the inner maximum is exact, x - eps * y * sign(w), and so are the errors of the
-    trained (w, b). Theorem 1's classifiers minimise the population's logistic loss: eq. (2) has linear log-odds, 2 eta
-    sum(x) + ln r, and the attack on w > 0 turns eta into eta - eps. So only sampling error is left. Returns the keys of
-    `theorem1`, biases divided by |w|. RuntimeError if there is no finite minimum: too few samples, eps too near eta."""
-    y = (torch.rand(samples, 1, generator=generator, dtype=torch.float64) < r / (r + 1)) * 2.0 - 1
-    x, out = torch.randn(samples, n, generator=generator, dtype=torch.float64) + eta * y, {}
-    for classifier, reach in (("nat", 0.0), ("rob", eps)):
-        theta = torch.zeros(n + 1, dtype=torch.float64)
-        for _ in range(30):
-            signed = torch.cat([y * x - reach * theta[:-1].sign(), y], 1)  # y times attacked (x, 1)
-            p = torch.sigmoid(-signed @ theta)  # probability of the wrong class
-            step = torch.linalg.solve_ex((signed.T * (p * (1 - p))) @ signed, signed.T @ p)[0]
-            theta = theta + step
-        if not step.norm() < 1e-9 * theta.norm():
-            raise RuntimeError(f"logistic regression on {samples} points did not converge; draw more samples")
-        w, b = theta[:-1], theta[-1]
-        for error, shift in (("std", 0.0), ("rob", eps)):
-            wrong = torch.special.ndtr((b - eta * w.sum() + shift * w.abs().sum()) / w.norm())
-            out[f"{classifier}_{error}"] = wrong.item()
-        out[f"b_{classifier}"] = (b / w.norm()).item()
+    out = {"b_nat": math.log(r) / (2 * margins["std"]), "b_rob": math.log(r) / (2 * margins["rob"])}
+    for key, (kind, margin) in itertools.product(CLASSIFIERS, margins.items()):
+        out[f"{key}_{kind}"] = 0.5 * math.erfc((margin - out[f"b_{key}"]) / math.sqrt(2))  # Phi(b - margin)
     return out
 
 
-def theory(n=2, eta=1.0, eps=0.5, ratios=(1, 2, 5, 10, 50), samples=400_000, seed=0) -> str:
-    """Section 3 and appendix A as Markdown: closed form and trained side by side, then what they show in two lines that
-    end in yes or NO (Corollary 1 is strict for r > 1 and eps > 0). Arguments as for `theory_trained`. Seconds."""
-    generator, ratios = torch.Generator().manual_seed(seed), sorted(ratios)
-    both = [(theorem1(n, eta, eps, r), theory_trained(n, eta, eps, r, samples, generator)) for r in ratios]
-    rows = [["IR", "training", "bias", "trained", "clean", "trained", "attacked", "trained"]]
-    for r, (key, name) in itertools.product(range(len(ratios)), (("nat", "natural"), ("rob", "adversarial"))):
-        errors = [f"{100 * x[f'{key}_{kind}']:.2f}" for kind in ("std", "rob") for x in both[r]]
-        rows.append([f"{ratios[r]:g}", name, *(f"{x['b_' + key]:.4f}" for x in both[r]), *errors])
-    keys = [f"{key}_{kind}" for key, kind in TAIL_ERRORS]
-    grows = all(a[key] < b[key] for (a, _), (b, _) in itertools.pairwise(both) for key in keys)
-    gaps = [100 * (closed["rob_rob"] - closed["nat_rob"]) for closed, _ in both]
-    worse = all(gap > 0 or r == 1 or eps == 0 for r, gap in zip(ratios, gaps))
+def theory(n=2, eta=1.0, eps=0.5, ratios=(1, 2, 5, 10, 20, 50)) -> str:
+    """Section 3 and appendix A as Markdown: tail errors in closed form by imbalance ratio, then what they show in two
+    lines that end in yes or NO (Corollary 1 is strict for r > 1 and eps > 0). ValueError as in `theorem1`."""
+    closed, rows = [theorem1(n, eta, eps, r) for r in ratios], [["IR", "training", "bias", "clean", "attacked"]]
+    for (r, x), (key, name) in itertools.product(zip(ratios, closed), CLASSIFIERS.items()):
+        errors = [f"{100 * x[f'{key}_{kind}']:.2f}" for kind in ("std", "rob")]
+        rows.append([f"{r:g}", f"{name} training", f"{x[f'b_{key}']:.4f}", *errors])
+    gaps = [100 * (x["rob_rob"] - x["nat_rob"]) for x in closed]
     said = ", ".join(f"{gap:.2f} at IR {r:g}" for r, gap in zip(ratios, gaps))
-    farthest = max(100 * abs(closed[key] - trained[key]) for closed, trained in both for key in keys)
-    about = (
-        f"Tail errors of eq. (2) in %, bias at |w| = 1; closed form (n {n}, eta {eta:g}, eps {eps:g}), then logistic"
-    )
-    about += f" regression\non {samples:,} samples (seed {seed}), at most {farthest:.2f} points away."
-    checks = {"Every tail error grows with IR": grows}
+    checks = {"Every tail error grows with IR": all(a[k] < b[k] for a, b in itertools.pairwise(closed) for k in a)}
+    worse = all(gap > 0 or r == 1 or eps == 0 for r, gap in zip(ratios, gaps))
     checks[f"Attacked tail worse after adversarial training (points: {said})"] = worse
+    about = f"Tail errors of eq. (2) in %, bias at |w| = 1, in closed form: n {n}, eta {eta:g}, eps {eps:g}."
     return "\n".join([about, "", *markdown(rows), "", *(f"- {k}: {'yes' if v else 'NO'}" for k, v in checks.items())])
 
 
 def theory_figures(folder, eta=1.0, eps=0.5, seed=0):
-    """Draw the paper's Figures 2 and 3 (n = 2) into folder: figure2.png, 500 points of eq. (2) at IR 1, 2, 5 and the
-    optimal boundaries x1 + x2 = -sqrt(2) b; figure3.png, tail accuracy against IR in closed form."""
+    """Draw the paper's Figure 2 (n = 2) as folder/figure2.png: 500 points of eq. (2) at IR 1, 2, 5 and the optimal
+    boundaries x1 + x2 = -sqrt(2) b."""
     generator = torch.Generator().manual_seed(seed)
-    looks = {"nat": ("#0072B2", "-", "natural training"), "rob": ("#D55E00", "--", "adversarial training")}
 
-    def boundaries(r, ax):
+    def boundaries(ax, r):
         y = (torch.rand(500, generator=generator) < r / (r + 1)) * 2 - 1
         x = torch.randn(500, 2, generator=generator) + eta * y[:, None]
         for label, marker, name in ((1, ".", "head, y = +1"), (-1, "x", "tail, y = -1")):
             ax.scatter(*x[y == label].T.numpy(), marker=marker, color="0.6", label=name)
-        for key, (color, dash, name) in looks.items():  # at IR 1 both are one
+        for key, color, dash in (("nat", "#0072B2", "-"), ("rob", "#D55E00", "--")):  # at IR 1 both are one
             at = -math.sqrt(2) * theorem1(2, eta, eps, r)[f"b_{key}"]
-            ax.plot([-5, 5], [at + 5, at - 5], dash, color=color, linewidth=3, label=name)
+            ax.axline((0, at), slope=-1, color=color, ls=dash, lw=3, label=f"{CLASSIFIERS[key]} training")
         ax.set(title=f"IR {r}", xlabel="$x_1$", ylabel="$x_2$", xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
 
-    def accuracies(ax):
-        ratios = np.geomspace(1, 50)
-        for key, kind in TAIL_ERRORS:
-            accuracy = [100 - 100 * theorem1(2, eta, eps, r)[f"{key}_{kind}"] for r in ratios]
-            style = dict(
-                ls="-" if kind == "std" else "--", label=f"{looks[key][2]}, {'clean' if kind == 'std' else 'attacked'}"
-            )
-            ax.plot(ratios, accuracy, color=looks[key][0], **style)
-        ax.set(xscale="log", xlabel="imbalance ratio", ylabel="accuracy (%)")
-
-    draws = [functools.partial(boundaries, r) for r in (1, 2, 5)]
+    draws = [functools.partial(boundaries, r=r) for r in (1, 2, 5)]
     save_figure(folder, "figure2.png", "Optimal linear classifiers on imbalanced data", *draws)
-    save_figure(folder, "figure3.png", f"Tail class, n 2, eta {eta:g}, eps {eps:g}", accuracies)
 
 
 # 12  Bench ============================================================================================================
-# Plain is what a researcher writes after AT-BSL's script: eager, eval mode, autograd.grad at x, float32 NCHW, PyTorch's
-# defaults. Rounds of all variants alternate and the first is dropped, so that a drifting machine slows all alike; every
-# number is a median.
-
-
+# Plain is what a researcher writes after AT-BSL's script: eager, float32 NCHW, autograd.grad at x. Rounds of variants
+# alternate, so that a drifting machine slows all alike; every number is a median.
 def timed(variants, rounds, device):
     """{name: function} -> {name: median seconds a call}, in `rounds` alternating rounds after a warm-up."""
     seconds = {name: [] for name in variants}
@@ -2451,30 +2184,23 @@ def bench_core(cfg, batch, steps, rounds):
     x_cl, threat = x.contiguous(memory_format=torch.channels_last), dict(eps=8 / 255, step_size=2 / 255, steps=steps)
     counts = torch.tensor(long_tail_counts(500, 100, 10), dtype=torch.float32, device=device)
     student, frozen = training_nets(cfg, ours)
-    low_teacher, scaler = (
-        FrozenCopy(teacher, frozen.dtype),
-        torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16"),
-    )
+    low_teacher = FrozenCopy(teacher, frozen.dtype)
     sgd = {net: torch.optim.SGD(net.parameters(), 0.01, 0.9) for net in (plain, ours)}
     attack = functools.partial(pgd_attack, x=x_cl, y=y, init="gauss", **threat)
 
     def step(net, student, teacher, x, attack):
         batch = Batch(student, x, attack(), y, counts, cfg, 40.0, torch.no_grad()(teacher))
-        outer_step(METHODS["ltsd"], batch, net, sgd[net], scaler)
+        outer_step(METHODS["ltsd"], batch, net, sgd[net])
 
     plainly = functools.partial(plain_attack, plain, x, y, **threat)
-    levers = {
-        "plain": plainly,
-        "no weight gradients, folded norms, fused step": functools.partial(attack, FrozenCopy(ours)),
-    }
+    levers = {"plain": plainly, "folded norms, fused step": functools.partial(attack, FrozenCopy(ours))}
     if cfg.amp != "off":
         levers[f"+ {cfg.amp}"] = functools.partial(attack, FrozenCopy(ours, frozen.dtype))
     if cfg.compile == "on":
         levers["+ torch.compile" + ", CUDA graph" * (frozen.capture is not None)] = functools.partial(attack, frozen)
-    steps = {
-        "plain": functools.partial(step, plain, plain, plain_teacher.eval(), x, plainly),
-        "all levers": lambda: step(ours, student, low_teacher, x_cl, functools.partial(attack, frozen.refresh())),
-    }
+    ours_step = functools.partial(step, ours, student, low_teacher, x_cl)
+    plain_step = functools.partial(step, plain, plain, plain_teacher.eval(), x, plainly)
+    steps = {"plain": plain_step, "all levers": lambda: ours_step(functools.partial(attack, frozen.refresh()))}
     result = {"attack": levers, "train_step": steps}
     for part, functions in result.items():
         took = timed(functions, rounds, device)
@@ -2487,32 +2213,25 @@ def bench_kernel(device):
     """Rows of the step kernel on CUDA against plain operations, torch.compile and a device-to-device copy, captured as
     the attack has it."""
 
-    def again(function, times, *inputs):
-        for _ in range(times):
-            function(*inputs)
+    def plain(x_adv, grad, x, step_size, eps, low):
+        low.copy_(x_adv.copy_(pgd_step_reference(x_adv, grad, x, step_size, eps)))
 
-    def plain(a, g, x):
-        moved = pgd_step_reference(a, g, x, 2 / 255, 8 / 255)
-        return moved, moved.bfloat16()
-
-    rows, largest = [], min(1 << 30, torch.cuda.mem_get_info(device)[0] // 14)
-    for images in (32, 128, largest // (4 * 3072)):
-        x, repeat = torch.rand(images, 3, 32, 32, device=device), 200 if images < 1000 else 10
-        grad, x_adv, low = torch.randn_like(x).bfloat16(), x.clone(), x.bfloat16()
-        ours, compiled = functools.partial(pgd_step, step_size=2 / 255, eps=8 / 255, out_low=low), torch.compile(plain)
-        variants = {"kernel": ours, "plain": plain, "torch.compile": compiled, "copy": lambda a, g, x: a.copy_(x)}
-        for what, function in variants.items():
-            replay, _ = capture_cuda_graph(functools.partial(again, function, repeat), [x_adv, grad, x])
-            us = 1e6 * timed({what: replay}, 5, device)[what] / repeat
-            # a step reads 4+2+4 bytes a value and writes 4+2, a copy moves 4+4
-            traffic = (8 if what == "copy" else 16) * x.numel()
-            rows.append(dict(images=images, what=what, us=us, gb_per_s=traffic / us / 1e3))
+    rows, largest = [], min(1 << 30, torch.cuda.mem_get_info(device)[0] // 14) // (4 * 3072)
+    functions = {"kernel": pgd_step, "plain": plain, "torch.compile": torch.compile(plain)}
+    functions["copy"] = lambda x_adv, grad, x, *rest: x_adv.copy_(x)
+    for images, (what, function) in itertools.product((32, 128, largest), functions.items()):
+        x = torch.rand(images, 3, 32, 32, device=device)
+        call = functools.partial(function, x.clone(), torch.randn_like(x).bfloat16(), x, 2 / 255, 8 / 255, x.bfloat16())
+        us = 1e3 * triton.testing.do_bench_cudagraph(call)
+        # a step reads 4+2+4 bytes a value and writes 4+2, a copy moves 4+4
+        traffic = (8 if what == "copy" else 16) * x.numel()
+        rows.append(dict(images=images, what=what, us=us, gb_per_s=traffic / us / 1e3))
     return rows
 
 
 def stage_bench(cfg):
     """Measure the core against plain PyTorch on this machine; print the tables and write bench.json."""
-    device, began, on_cuda = torch.device(cfg.device), time.perf_counter(), cfg.device.startswith("cuda")
+    device, on_cuda = torch.device(cfg.device), cfg.device.startswith("cuda")
     path, steps = pathlib.Path(cfg.out or "runs/bench", "bench.json"), 10 if on_cuda else 2
     tune_process(cfg)
     header = dict(environment(cfg), amp=cfg.amp, compile=cfg.compile, attack_steps=steps)
@@ -2521,8 +2240,9 @@ def stage_bench(cfg):
     for batch in (32, 128):
         for part, rows in bench_core(cfg, batch, steps, 5 if on_cuda else 128 // batch).items():
             result[part] += rows
-            line = "{part:<12}batch {batch:<4} {lever:<42} {images_per_s:10.1f} images/s {ratio:7.2f} x plain"
-            print("\n".join(line.format(part=part, **row) for row in rows), flush=True)
+            for row in rows:
+                line = "{batch:4} {lever:<40} {images_per_s:9.1f} images/s {ratio:6.2f} x plain"
+                print(f"{part:<11}", line.format(**row), flush=True)
     for row in bench_kernel(device) if on_cuda else ():
         result["kernel"].append(row)
         print("kernel      {images} images  {what:<14} {us:9.1f} us {gb_per_s:8.0f} GB/s".format(**row), flush=True)
@@ -2531,12 +2251,10 @@ def stage_bench(cfg):
     # a step: forward and input gradient, 0.556 G multiply-adds each
     result["matmul_share"] = max(row["images_per_s"] for row in result["attack"]) * 4 * 556e6 * steps / rate
     write_atomic(path, json.dumps(result, indent=1) + "\n")
-    share = f"{100 * result['matmul_share']:.0f} % of this machine's {cfg.amp} matmul rate"
-    print(f"{share}, {duration(time.perf_counter() - began)}; see {path}", flush=True)
+    print(f"{100 * result['matmul_share']:.0f} % of the {cfg.amp} matmul rate; see {path}", flush=True)
 
 
 # 13  Command line =====================================================================================================
-
 EXAMPLES = """examples:
   python ltsd.py --data synthetic                                   try it, on a CPU
   python ltsd.py --data cifar100 --ir 10 --stage all                the paper's command
@@ -2552,33 +2270,30 @@ class _Parser(argparse.ArgumentParser):
 def _value(f, text):
     """One flag's text -> its value, or a tuple of values where it takes a comma list; argparse names the flag."""
     meta, values = f.metadata, {}  # in order and without repeats: one run folder can only hold one run
-    choices = METHODS if f.name == "method" else meta.get("choices")
-    for part in METHODS if f.name == "method" and text == "all" else text.split(",") if "many" in meta else [text]:
+    choices, low, high = meta["choices"], meta.get("low", 0), meta.get("high", 2**63 - 1)
+    if f.name == "method":
+        choices, text = METHODS, ",".join(METHODS) if text == "all" else text
+    for part in text.split(",") if "many" in meta else [text]:
         try:
-            value, low, high = f.type(part.strip()), meta.get("low", 0), meta.get("high", 2**63 - 1)
+            value = f.type(part.strip())
+            fits = re.fullmatch(meta.get("pattern", ".+"), value) if f.type is str else low <= value <= high
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{part!r} is no {f.type.__name__}") from None
-        if f.type is not str and not low <= value <= high:  # NaN is not either
-            raise argparse.ArgumentTypeError(f"{part} must be between {low:g} and {high:g}")
-        if choices and value not in choices:
-            raise argparse.ArgumentTypeError(f"{part!r}: choose from {', '.join(choices)}")
-        if f.type is str and not re.fullmatch(meta.get("pattern", ".+"), value):
-            raise argparse.ArgumentTypeError(f"{part!r}: want {meta['help']}")
+            fits = False
+        if not fits or (choices and value not in choices):
+            bounds = meta["help"] if f.type is str else f"{f.type.__name__} from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{part!r}: want {', '.join(choices) or bounds}")
         values[value] = None
     return tuple(values) if len(values) > 1 else value
 
 
 def parse_args(argv=None) -> Config:
-    """Read the command line (default ``sys.argv[1:]``) into a Config; UserError for a value that no flag can have.
-
-    A field given several comma-separated values holds a tuple; `expand` makes the product."""
-    look = dict(
-        usage="ltsd.py [options] [RUN ...]", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser = group = _Parser("ltsd.py", description=__doc__.split("\n\n")[0], allow_abbrev=False, **look)
+    """Read the command line (default ``sys.argv[1:]``) into a Config; UserError for a value that no flag can have. A
+    field given several comma-separated values holds a tuple; `expand` makes the product."""
+    parser_options = dict(epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = group = _Parser("ltsd.py", "ltsd.py [options] [RUN ...]", __doc__.split("\n\n")[0], **parser_options)
     for f in fields(Config):
         group = parser.add_argument_group(f.metadata["group"]) if "group" in f.metadata else group
-        choices = METHODS if f.name == "method" else f.metadata.get("choices")
+        choices = METHODS if f.name == "method" else f.metadata["choices"]
         kind = dict(metavar="{" + ",".join(choices) + "}" if choices else f.type.__name__.upper())
         kind = dict(action="store_true") if f.type is bool else kind | dict(type=functools.partial(_value, f))
         kind["help"] = f.metadata["help"] + "; a comma list makes a run each" * ("many" in f.metadata)
@@ -2603,17 +2318,15 @@ def expand(cfg) -> list:
 def resolve(cfg) -> Config:
     """Fill every None of a scalar Config with its default and 'auto' with what this machine has; UserError, with the
     flag and the remedy, for settings that do not go together."""
-
     row, (_, size, _, defaults) = METHODS[cfg.method], DATASETS[cfg.data]
     if cfg.official and cfg.data not in row.official_data:
-        known = ", ".join(row.official_data) or "no data set"
-        raise UserError(f"--official: {cfg.method} has published settings for {known}, not for {cfg.data}")
+        raise UserError(f"--official: {cfg.method} has no published settings for {cfg.data}; leave it out")
     if cfg.image_size and cfg.data != "folder":
         raise UserError(f"--image-size {cfg.image_size}: only --data folder can be resized; leave it out")
     usual = COMMON | dict(image_size=size, eval_eps=cfg.eps) | defaults | (row.official if cfg.official else {})
-    cfg = replace(cfg, **{k: v for k, v in usual.items() if getattr(cfg, k) is None})
-    full = cfg.teacher_data == "full"  # Figure 5's other teachers see all of D, for as long as a student
-    usual = dict(teacher_epochs=cfg.epochs if full else 30, teacher_batch_size=cfg.batch_size if full else 32)
+    if cfg.teacher_data == "full":  # Figure 5's other teachers see all of D, for as long as a student
+        both = [cfg.epochs or usual["epochs"], cfg.batch_size or usual["batch_size"]]
+        usual |= dict(zip(("teacher_epochs", "teacher_batch_size"), both))
     cfg = replace(cfg, **{k: v for k, v in usual.items() if getattr(cfg, k) is None})
     for flag in ("batch_size", "teacher_batch_size"):
         if getattr(cfg, flag) % WORLD:
@@ -2632,26 +2345,14 @@ def resolve(cfg) -> Config:
         raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:N; PyTorch sees {gpus} CUDA devices")
     device = torch.device(name)
     amp = best_precision(device) if cfg.amp == "auto" else cfg.amp
-    return replace(cfg, device=name, amp=amp, stage=stage, compile=best_compile(cfg.compile, device))
-
-
-@functools.lru_cache
-def best_compile(choice, device) -> str:
-    """'on' or 'off': 'auto' means on where the device is a GPU and a first tiny compilation succeeds."""
-    if choice != "auto" or device.type == "cpu":
-        return "on" if choice == "on" else "off"
-    try:
-        torch.compile(lambda t: t.sin() + 1)(torch.zeros(8, device=device))
-        return "on"
-    except Exception as error:  # no compiler, no Triton, an unsupported GPU ...
-        warnings.warn(f"torch.compile fails here ({type(error).__name__}): going on without, slower", stacklevel=2)
-        return "off"
+    compiled = {"auto": "on" if device.type == "cuda" else "off"}.get(cfg.compile, cfg.compile)
+    return replace(cfg, device=name, amp=amp, stage=stage, compile=compiled)
 
 
 def best_precision(device) -> str:
-    """'bf16', 'fp16' or 'off': the precision in which this device multiplies faster than in float32."""
+    """'bf16' where this device multiplies faster in it than in float32, else 'off'."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "off"
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return "bf16" if any(getattr(torch.cpu, probe, bool)() for probe in probes) else "off"
 
@@ -2672,60 +2373,31 @@ def tune_process(cfg):
             libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: give nothing back
 
 
-def join_group():
-    """Under torchrun, form the process group and set RANK and WORLD; else do nothing."""
-    global RANK, WORLD
-    if {"RANK", "LOCAL_RANK"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # one rank's share of AutoAttack may end hours after another's; a rank that dies is noticed by torchrun
-        dist.init_process_group(timeout=timedelta(days=2))
-        RANK, WORLD = dist.get_rank(), dist.get_world_size()
-
-
-def leave_group():
-    """Undo join_group."""
-    global RANK, WORLD
-    if WORLD > 1:
-        dist.destroy_process_group()
-        RANK, WORLD = 0, 1
-
-
-def make_teacher(cfg, data, run):
-    """teacher.pt: the self-teacher's last epoch, or a copy of --teacher."""
-    path, task = run.path / "teacher.pt", teacher_task(cfg, data)
-    if not cfg.teacher:
-        return None if path.exists() else train("teacher", *task, run)
-    given, epoch, _ = load_net(*task, cfg.teacher)
-    if not path.exists():
-        run.log(f"teacher: a copy of {cfg.teacher}, weights crc32 {weights_crc32(given)}")
-        run.save_model("teacher", weights_of(given), epoch)
-        gather(None)
-    if weights_crc32(load_net(*task, path)[0]) != weights_crc32(given):
-        raise UserError(f"{run.path} has another teacher than {cfg.teacher}: choose another --out, or --overwrite it")
-
-
-def load_teacher(cfg, data, run):
-    """The run's frozen teacher: images -> logits, of its evaluation head where it has one."""
-    _, _, (frozen, _) = load_net(*teacher_task(cfg, data), run.path / "teacher.pt")
-    if cfg.compile == "on":
-        frozen.speed_up(cfg.batch_size // WORLD * (1 if cfg.kd == "kl" else 2))
-    return torch.no_grad()(frozen)
-
-
 def run_one(cfg, argv):
     """All that one scalar, resolved Config asks for: teacher, student, evaluation, in its folder."""
     tune_process(cfg)
-    if RANK:
-        gather(None)  # rank 0 comes first, to fetch and decode for all
-    data = load_data(cfg)
-    if not RANK:
-        gather(None)
-    run, needs_teacher = Run(cfg, data, argv), METHODS[cfg.method].teacher
+    data = None if RANK else load_data(cfg)
+    gather(None)  # rank 0 has fetched and decoded for all
+    data = data or load_data(cfg)
+    run, needs_teacher = Run(cfg, data, argv), METHODS[cfg.method].teacher or cfg.stage == "teacher"
     data = data.to(cfg.device)
+    path, task = run.path / "teacher.pt", teacher_task(cfg, data) if needs_teacher else None
     with run.file:
-        if cfg.stage == "teacher" or (needs_teacher and (cfg.stage == "all" or cfg.teacher)):
-            make_teacher(cfg, data, run)
+        if cfg.teacher and needs_teacher:
+            given, epoch, _ = load_net(*task, cfg.teacher)
+            if not path.exists():
+                run.log(f"teacher: a copy of {cfg.teacher}, weights crc32 {weights_crc32(given)}")
+                run.save_model("teacher", weights_of(given), epoch)
+                gather(None)
+            if weights_crc32(load_net(*task, path)[0]) != weights_crc32(given):
+                raise UserError(f"{run.path} has another teacher than {cfg.teacher}: choose another --out")
+        elif needs_teacher and cfg.stage in ("teacher", "all") and not path.exists():
+            train("teacher", *task, run)
         if cfg.stage in ("distill", "all") and not (run.path / "last.pt").exists():
-            train("student", cfg, data, run, load_teacher(cfg, data, run) if needs_teacher else None)
+            teacher = load_net(*task, path)[2][0] if needs_teacher else None
+            if teacher and cfg.compile == "on":
+                teacher.speed_up(cfg.batch_size // WORLD * (1 if cfg.kd == "kl" else 2))
+            train("student", cfg, data, run, teacher and torch.no_grad()(teacher))
         if cfg.stage in ("eval", "all"):
             evaluate_run(cfg, data, run)
             report([run.path], cfg, run.path)
@@ -2738,8 +2410,7 @@ def run_stages(cfg, argv):
     if WORLD > 1 and stage in ("report", "theory", "bench"):
         raise UserError(f"--stage {stage}: works in one process; start it with python, not torchrun")
     if stage == "theory":
-        ratios = cfg.ir if isinstance(cfg.ir, tuple) else (cfg.ir,) if cfg.ir else (1, 2, 5, 10, 50)
-        print(theory(ratios=ratios, seed=configs[0].seed), flush=True)
+        print(theory(), flush=True)
         if cfg.figures:
             theory_figures(cfg.figures)
     elif stage == "bench":
@@ -2757,11 +2428,16 @@ def run_stages(cfg, argv):
 def main(argv=None) -> int:
     """The command line: one run per element of the comma lists' product. Returns the exit code: 0, 2 for an error of
     the user's (one line on stderr), 130 for Ctrl-C. Errors of ours are raised."""
+    global RANK, WORLD
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        join_group()
+        if {"RANK", "LOCAL_RANK"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
+            # one rank's share of AutoAttack may end hours after another's; of a rank that dies torchrun takes notice
+            dist.init_process_group(timeout=timedelta(days=2))
+            RANK, WORLD = dist.get_rank(), dist.get_world_size()
         run_stages(parse_args(argv), argv)
-        leave_group()
+        if WORLD > 1:
+            dist.destroy_process_group()
         return 0
     except KeyboardInterrupt:
         code, said = 130, "stopped; the same command goes on after the last saved epoch"
