@@ -1978,10 +1978,11 @@ def table(runs) -> str:
     rows = [["setting", "checkpoint", *(COLUMNS[c].replace("20", str(runs[0][0].eval_steps)) for c in columns)]]
     for s, name in itertools.product(by_setting(runs), ("teacher", "best", "last")):
         stats, epochs = [s.stat(c, name) for c in columns], {run[name]["epoch"] for run in s.runs if name in run}
-        if epochs:
-            cells = [f"{t[0]:.2f}" + (f" ± {t[1]:.2f}" if t[2] > 1 else "") if t else "-" for t in stats]
-            rows.append([s.label(), name + (f" (epoch {epochs.pop()})" if len(epochs) == 1 else ""), *cells])
-        if epochs and (paper := paper_row(s.cfg, name)):
+        if not epochs:
+            continue
+        cells = [f"{t[0]:.2f}" + (f" ± {t[1]:.2f}" if t[2] > 1 else "") if t else "-" for t in stats]
+        rows.append([s.label(), name + (f" (epoch {epochs.pop()})" if len(epochs) == 1 else ""), *cells])
+        if paper := paper_row(s.cfg, name):
             pairs = [(t, paper.get(c)) for c, t in zip(columns, stats)]
             rows.append(["", "paper", *("-" if p is None else f"{p:.2f}" for _, p in pairs)])
             rows.append(["", "gap", *(f"{t[0] - p:+.2f}" if t and p is not None else "-" for t, p in pairs)])
@@ -2016,7 +2017,7 @@ def save_figure(folder, name, title, *draws):
     only place that imports matplotlib; UserError without it."""
     with blaming("--figures needs matplotlib: pip install matplotlib", ImportError):
         from matplotlib.figure import Figure
-    figure, path = Figure((5 * len(draws) + 1.5, 5), layout="constrained"), pathlib.Path(folder, name)
+    figure, path = Figure((4.5 * len(draws) + 1.5, 5), layout="constrained"), pathlib.Path(folder, name)
     figure.suptitle(title)
     for ax, draw in zip(figure.subplots(1, len(draws), squeeze=False)[0], draws):
         draw(ax)
@@ -2029,7 +2030,8 @@ def save_figure(folder, name, title, *draws):
 
 
 # Okabe and Ito's colours, told apart by the colour-blind, and as many markers; the last is ltsd's.
-LOOKS = [*zip(("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#999999", "#D55E00"), "osD^vPX*")]
+COLORS = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #000000 #999999 #F0E442 #D55E00"
+LOOKS = [*zip(COLORS.split(), "osD^vPXh*")]
 
 
 def plot(ax, i, s, xs, stats, **style):
@@ -2074,7 +2076,8 @@ def report_figures(settings, folder):
             (xs, members), name = zip(*family), COLUMNS[tail + column]
             style = dict(ls="-" if column == "pgd" else "--", label=f"{members[0].label(key, 'seed', *shared)}, {name}")
             plot(ax, i, members[0], xs, [s.stat(tail + column) for s in members], **style)
-        ax.set(xlabel=key, ylabel="accuracy (%)", xscale="log" if key == "ir" else "linear")
+        who = "tail classes" if tail else "all classes"
+        ax.set(xlabel=key, ylabel=f"accuracy (%), {who}", xscale="log" if key == "ir" else "linear")
 
     pairs = (("clean", robust), ("tail_clean", "tail_pgd"))
     save_figure(folder, "scatter.png", title, *(functools.partial(scatter, a=a, b=b) for a, b in pairs))
