@@ -568,7 +568,7 @@ class FrozenCopy(nn.Module):
     def refresh(self):
         """Take over the source's present weights and running statistics: w' = w s, b' = beta - mean s, with s = weight
         / sqrt(var + eps), for all layers in a handful of multi-tensor operations."""
-        scale = torch._foreach_add([norm.running_var for norm in self.norms], self.norms[0].eps)
+        scale = torch._foreach_add([n.running_var for n in self.norms], [n.eps for n in self.norms])
         torch._foreach_sqrt_(scale)
         scale = torch._foreach_div([norm.weight for norm in self.norms], scale)
         shift = torch._foreach_mul([norm.running_mean for norm in self.norms], scale)
@@ -658,7 +658,7 @@ def pgd_attack(model, x, y, *, eps, step_size, steps, init="uniform", objective=
     if not isinstance(model, FrozenCopy):
         check_images(x, y)
         context = eval_mode(FrozenCopy(model) if isinstance(model, Net) else model)
-        x = torch.empty_like(x).copy_(x)  # a view with gaps becomes a dense tensor
+        x = x.clone(memory_format=torch.contiguous_format)  # a view with gaps becomes a dense tensor
     x, noise = x.detach(), torch.zeros_like(x)
     if init == "uniform":
         noise.uniform_(-eps, eps, generator=generator)
@@ -780,7 +780,7 @@ def train(name, cfg, data, run, teacher=None) -> nn.Module:
                 total, hits = map(sum, zip(*gather(sums.tolist())))
                 if not math.isfinite(total):  # a NaN stays in a sum
                     where = f"{name}, epoch {epoch}, up to step {step}"
-                    raise UserError(f"the loss was not finite ({where}): try a lower --lr; earlier epochs are saved")
+                    raise UserError(f"the loss was not finite ({where}): try a lower --lr; what was saved stays")
                 run.estimate(step, seen)
                 rate = seen / (time.perf_counter() - began)
                 eta = duration(((cfg.epochs - epoch + 1) * len(order) - seen) / rate)
@@ -848,7 +848,7 @@ def long_tail_counts(n_max, num_classes, ir) -> list:
     """Images per class of the exponential profile: int(n_max * ir**(-c/(C-1))), class 0 the head, C-1 the tail. n_max,
     num_classes: int >= 1; ir: imbalance ratio n_max/n_min >= 1 (1 keeps all). Truncated, not rounded, as in the LDAM
     generator that RoBal, REAT and AT-BSL share. ValueError where a class would be empty."""
-    if not ir >= 1 or num_classes < 1 or n_max < ir:
+    if not ir >= 1 or num_classes < 1 or n_max * ir**-1.0 < 1:
         raise ValueError(f"n_max {n_max}, {num_classes} classes, imbalance ratio {ir}: want ir >= 1 and no empty class")
     return [int(n_max * ir ** (-c / max(num_classes - 1, 1))) for c in range(num_classes)]
 
@@ -905,7 +905,7 @@ def load_data(cfg) -> Data:
     available = np.bincount(data.train_labels)
     data.counts = available.tolist()
     if cfg.ir is not None:  # the largest profile that every class can fill
-        sizes = range(int(available[0]), math.ceil(cfg.ir) - 1, -1)
+        sizes = (n for n in range(int(available[0]), 0, -1) if n * cfg.ir**-1.0 >= 1)
         profiles = (long_tail_counts(n_max, len(available), cfg.ir) for n_max in sizes)
         data.counts = next((counts for counts in profiles if np.all(counts <= available)), None)
         if not data.counts:
@@ -948,7 +948,7 @@ def load_tinyimagenet(data_dir) -> Data:
             download_and_extract_archive(TINY[0], data_dir, md5=TINY[1])
         train = torchvision.datasets.ImageFolder(root / "train")
         lines = [line.split() for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
-    test = [(str(root / "val" / "images" / line[0]), train.class_to_idx[line[1]]) for line in lines]
+        test = [(str(root / "val" / "images" / line[0]), train.class_to_idx[line[1]]) for line in lines]
     return _read_images(train.samples, test, train.classes, 64, root / ".ltsd.pt")
 
 
@@ -972,7 +972,8 @@ def load_folder(data_dir, size) -> Data:
 def _read_images(train, test, classes, size, cache) -> Data:
     """Decode lists of (path, label): the centre square of each image, scaled to `size`. Decoded tensors are kept in the
     file `cache`, which is made again when an image is added, removed or changed."""
-    key = zlib.crc32(repr([(path, label, *os.stat(path)[6:9:2]) for path, label in train + test]).encode())
+    with blaming(f"an image beside {cache} is gone: mend or remove its link, or unpack the data again", OSError):
+        key = zlib.crc32(repr([(path, label, *os.stat(path)[6:9:2]) for path, label in train + test]).encode())
     with contextlib.suppress(Exception):  # a missing or broken cache is made again
         saved = torch.load(cache, weights_only=True)
         if saved.pop("key") == key:
@@ -1619,10 +1620,10 @@ def writing(path):
     return blaming(f"cannot write {path}: {remedy}", OSError)
 
 
-def write_atomic(path, content):
+def write_atomic(path, content, rank=0):
     """Write text, or what torch.save takes, so that readers and crashes see the old file or the new one. Of several
-    ranks only the first writes."""
-    if RANK:
+    ranks only this one writes."""
+    if RANK != rank:
         return
     path, data = pathlib.Path(path), io.BytesIO(content.encode() if isinstance(content, str) else b"")
     if not isinstance(content, str):
@@ -1675,9 +1676,7 @@ class Run:
         theirs = read_json(path).get("identity", mine)
         odd = [f"{k} {theirs.get(k)} there, {mine[k]} here" for k in mine if theirs.get(k) != mine[k]]
         if odd:
-            raise UserError(
-                f"{self.path} holds another run ({', '.join(odd)}): choose another --out, or --overwrite it"
-            )
+            raise UserError(f"{self.path} holds another run ({', '.join(odd)}): choose another --out, or --overwrite")
         write_atomic(path, json.dumps({"identity": mine, "config": asdict(self.cfg)}, indent=1) + "\n")
 
     def log(self, line):
@@ -1769,7 +1768,7 @@ class SavedState(dict):
 
     def __setitem__(self, name, found):
         super().__setitem__(name, found)
-        write_atomic(self.path, {"key": self.key, "state": dict(self)})
+        write_atomic(self.path, {"key": self.key, "state": dict(self)}, RANK)
 
 
 def evaluation_key(cfg, name):
@@ -1796,10 +1795,10 @@ def evaluate_run(cfg, data, run):
         began, key = time.perf_counter(), evaluation_key(cfg, name)
         path = pathlib.Path(name if cfg.checkpoint else run.path / f"{name}.pt")
         model, epoch, nets = load_net(*(teacher_task(cfg, data) if name == "teacher" else (cfg, data)), path)
-        if cfg.examples:
+        if cfg.examples and not RANK:
             grid = run.path / f"examples-{path.stem}.png"
             save_examples(grid, nets[1], data.test_images, data.test_labels, cfg.examples, run.log, **threat)
-        results, crc32 = read_json(run.path / "results.json"), weights_crc32(model)
+        results, crc32 = gather(read_json(run.path / "results.json"))[0], weights_crc32(model)
         known, entry = results.get("checkpoints", {}) if results.get("data") == about else {}, {}
         for twin in (evaluation_key(cfg, "best"), key):
             entry |= known[twin] if known.get(twin, {}).get("crc32") == crc32 else {}
@@ -1897,7 +1896,7 @@ def paper_row(cfg, name) -> dict:
     names = ("data", "ir", "method", "arch", "aug", "official")
     usual = Config(**{k: getattr(cfg, k) for k in names}, device="cpu", amp="off", compile="off")
     usual, mine = identity(resolve(usual)), identity(cfg)
-    method = "teacher" if name == "teacher" else cfg.method + ("" if cfg.aug == "none" else f"+{cfg.aug}")
+    method = ("teacher" if name == "teacher" else cfg.method) + ("" if cfg.aug == "none" else f"+{cfg.aug}")
     key = [cfg.data, f"{cfg.ir or 0:g}", cfg.arch, method]
     rows = [cells for cells in map(str.split, PAPER.splitlines()) if cells[1:5] == key]
     if not rows or any(mine[k] != usual[k] for k in mine if k not in FREE):
@@ -2001,7 +2000,7 @@ def report(paths, cfg, folder):
     write_atomic(folder / "report.md", text + "\n")
     if not RANK:
         print(f"\n{text}\n\nreport {folder / 'report.md'}", flush=True)
-    if cfg.figures:
+    if cfg.figures and not RANK:
         report_figures(by_setting(runs), cfg.figures)
 
 
@@ -2079,7 +2078,7 @@ def report_figures(settings, folder):
         for s in settings:
             x = max(1.0, s.cfg.ir / 2) if key == "gamma" and s.cfg.gamma is None and s.cfg.ir else getattr(s.cfg, key)
             families.setdefault(json.dumps({**s.own, key: None, "images": None}), []).append((x, s))
-        families = [sorted(f, key=lambda pair: pair[0]) for f in families.values() if len(f) > 1 and f[0][0]]
+        families = [sorted(f, key=lambda p: p[0]) for f in families.values() if len(f) > 1 and None not in dict(f)]
         if families:
             draws = [functools.partial(sweep, key=key, families=families, tail=tail) for tail in ("", "tail_")]
             save_figure(folder, f"{key}.png", title, *draws)
@@ -2317,7 +2316,7 @@ def resolve(cfg) -> Config:
     if cfg.official and cfg.data not in row.official_data:
         known = ", ".join(row.official_data) or "no data set"
         raise UserError(f"--official: {cfg.method} has published settings for {known}, not for {cfg.data}")
-    if cfg.image_size and cfg.data != "folder":
+    if cfg.image_size not in (None, size) and cfg.data != "folder":
         raise UserError(f"--image-size {cfg.image_size}: only --data folder can be resized; leave it out")
     usual = COMMON | dict(image_size=size, eval_eps=cfg.eps) | defaults | (row.official if cfg.official else {})
     if cfg.teacher_data == "full":  # Figure 5's other teachers see all of D, for as long as a student
@@ -2374,23 +2373,23 @@ def run_one(cfg, argv):
     tune_process(cfg)
     data = None if RANK else load_data(cfg)
     gather(None)  # rank 0 has fetched and decoded for all
-    data = data or load_data(cfg)
-    run, needs_teacher = Run(cfg, data, argv), METHODS[cfg.method].teacher or cfg.stage == "teacher"
-    data = data.to(cfg.device)
-    path, task = run.path / "teacher.pt", teacher_task(cfg, data) if needs_teacher else None
+    data = (data or load_data(cfg)).to(cfg.device)
+    task = teacher_task(cfg, data) if METHODS[cfg.method].teacher or cfg.stage == "teacher" else None
+    given, epoch, _ = load_net(*task, cfg.teacher) if task and cfg.teacher else (None, None, None)
+    run = Run(cfg, data, argv)  # --overwrite may delete the teacher that was given
+    path = run.path / "teacher.pt"
     with run.file:
-        if cfg.teacher and needs_teacher:
-            given, epoch, _ = load_net(*task, cfg.teacher)
-            if not path.exists():
+        if given:
+            if not all(gather(path.exists())):
                 run.log(f"teacher: a copy of {cfg.teacher}, weights crc32 {weights_crc32(given)}")
                 run.save_model("teacher", weights_of(given), epoch)
                 gather(None)
             if weights_crc32(load_net(*task, path)[0]) != weights_crc32(given):
                 raise UserError(f"{run.path} has another teacher than {cfg.teacher}: choose another --out")
-        elif needs_teacher and cfg.stage in ("teacher", "all") and not path.exists():
+        elif task and cfg.stage in ("teacher", "all") and not path.exists():
             train("teacher", *task, run)
         if cfg.stage in ("distill", "all") and not (run.path / "last.pt").exists():
-            teacher = load_net(*task, path)[2][0] if needs_teacher else None
+            teacher = load_net(*task, path)[2][0] if task else None
             if teacher and cfg.compile == "on":
                 teacher.speed_up(cfg.batch_size // WORLD * (1 if cfg.kd == "kl" else 2))
             train("student", cfg, data, run, teacher and torch.no_grad()(teacher))
