@@ -27,6 +27,7 @@ import copy
 import ctypes
 import functools
 import glob
+import importlib
 import io
 import itertools
 import json
@@ -1405,10 +1406,10 @@ def run_lanes(name, attack, exact, rows, make_lane, batch_size) -> dict:
         # this waits for the device
         claims, used_up = torch.stack([claims, lane["step"] >= attack.evaluations]).cpu().numpy()
         fooled = claims & (attack.net is exact)
-        # the network that steers only claims; a lane that ends without success gets one more look, at its best point
-        for looked_at, asked in ((scored, claims & ~fooled), (lane["best"], used_up & ~fooled)):
+        # another network that steers only claims; a lane that ends without success gets a last look, at its best point
+        for looked_at, asked in ((scored, claims), (lane["best"], used_up)) if attack.net is not exact else ():
             slots = torch.as_tensor(np.flatnonzero(asked & ~fooled), device=scored.device)
-            if attack.net is not exact and len(slots):
+            if len(slots):
                 hits = slots[is_fooled(exact(looked_at[slots]), lane["y"][slots])]
                 scored[hits] = looked_at[hits]
                 fooled[hits.cpu().numpy()] = True
@@ -1473,8 +1474,7 @@ def autoattack(
             raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}: want finite float32 [{len(y)}, classes]")
         if not 0 <= y.min() <= y.max() < classes or classes < 2:
             raise ValueError(f"y spans [{y.min()}, {y.max()}]: want labels of {classes} classes, two at least")
-        part = slice(batch_size)
-        warn_of_odd_models(exact, x[part], y[part], logits[part], set(attacks) != {"square"})
+        warn_of_odd_models(exact, x[:batch_size], y[:batch_size], logits[:batch_size], set(attacks) != {"square"})
         # column 0 is y itself, then come its rivals in the order of the clean logits
         order = logits.scatter(1, y[:, None], math.inf).argsort(1, descending=True)
         robust = (logits.argmax(1) == y).cpu()
@@ -1717,9 +1717,10 @@ class Run:
             self.clock = time.perf_counter(), seen
         elif step == 5 and self.clock:
             image, self.clock = (time.perf_counter() - self.clock[0]) / (seen - self.clock[1]), ()
-            cfg, (teacher, its_data), tests = self.cfg, teacher_task(self.cfg, self.data), len(self.data.test_labels)
+            cfg, needed, tests = self.cfg, METHODS[self.cfg.method].teacher, len(self.data.test_labels)
+            teacher, its_data = teacher_task(cfg, self.data) if needed else (cfg, self.data)
             passes = math.ceil(cfg.epochs / 4) * 62, 2 * (3 * cfg.eval_steps + 2 + 2400 * ("aa" in cfg.attacks))
-            parts = {"teacher": teacher.epochs * len(its_data.train_labels) * METHODS[cfg.method].teacher}
+            parts = {"teacher": teacher.epochs * len(its_data.train_labels) * needed}
             parts["student"] = cfg.epochs * len(self.data.train_labels)
             parts |= {part: tests * n / (3 * cfg.steps + 8) for part, n in zip(("selection", "evaluation"), passes)}
             each = ", ".join(f"{part} {duration(images * image)}" for part, images in parts.items())
@@ -1964,8 +1965,7 @@ def markdown(rows):
 def table(runs) -> str:
     """What read_run returned as Markdown in the paper's layout: a line per checkpoint, mean and standard deviation over
     the seeds, below it the paper's values and the gap."""
-    found = {c for _, _, shown, _ in runs for entry in shown.values() for c in COLUMNS if entry.get(c) is not None}
-    columns = [c for c in COLUMNS if c in found]
+    columns = [c for c in COLUMNS if any(e.get(c) is not None for _, _, shown, _ in runs for e in shown.values())]
     rows = [["setting", "checkpoint", *(COLUMNS[c].replace("20", str(runs[0][0].eval_steps)) for c in columns)]]
     for s, name in itertools.product(by_setting(runs), dict.fromkeys([*NAMES, *runs[0][2]])):
         stats, epochs = [s.stat(c, name) for c in columns], {run[name]["epoch"] for run in s.runs if name in run}
@@ -1986,8 +1986,8 @@ def table(runs) -> str:
 
 
 def report(paths, cfg, folder):
-    """One table over run folders, printed and written to folder/report.md, and the figures; broken and unfinished ones
-    are listed below it. Reads the folders only. UserError where none can be shown."""
+    """One table over run folders, printed and written to folder/report.md, and the figures; broken ones are listed
+    below it. Reads the folders only. UserError where none can be shown."""
     runs, notes = [], []
     for path in dict.fromkeys(paths):
         try:
@@ -2005,10 +2005,9 @@ def report(paths, cfg, folder):
 
 
 def save_figure(folder, name, title, *draws):
-    """Save folder/name: panels side by side, each drawn by a function of its axes, the first one's legend below. The
-    only place that imports matplotlib; UserError without it."""
-    with blaming("--figures needs matplotlib: pip install matplotlib", ImportError):
-        from matplotlib.figure import Figure
+    """Save folder/name: panels side by side, each drawn by a function of its axes, the first one's legend below."""
+    from matplotlib.figure import Figure  # optional: run_stages has looked for it
+
     figure, path = Figure((4.5 * len(draws) + 1.5, 5), layout="constrained"), pathlib.Path(folder, name)
     figure.suptitle(title)
     for ax, draw in zip(figure.subplots(1, len(draws), squeeze=False)[0], draws):
@@ -2320,8 +2319,7 @@ def resolve(cfg) -> Config:
         raise UserError(f"--image-size {cfg.image_size}: only --data folder can be resized; leave it out")
     usual = COMMON | dict(image_size=size, eval_eps=cfg.eps) | defaults | (row.official if cfg.official else {})
     if cfg.teacher_data == "full":  # Figure 5's other teachers see all of D, for as long as a student
-        both = [cfg.epochs or usual["epochs"], cfg.batch_size or usual["batch_size"]]
-        usual |= dict(zip(("teacher_epochs", "teacher_batch_size"), both))
+        usual |= {f"teacher_{key}": getattr(cfg, key) or usual[key] for key in ("epochs", "batch_size")}
     cfg = replace(cfg, **{k: v for k, v in usual.items() if getattr(cfg, k) is None})
     for flag in ("batch_size", "teacher_batch_size"):
         if getattr(cfg, flag) % WORLD:
@@ -2404,6 +2402,9 @@ def run_stages(cfg, argv):
     several, stage = len(configs) > 1, configs[0].stage
     if WORLD > 1 and stage in ("report", "theory", "bench"):
         raise UserError(f"--stage {stage}: works in one process; start it with python, not torchrun")
+    if cfg.figures:
+        with blaming("--figures needs matplotlib: pip install matplotlib", ImportError):
+            importlib.import_module("matplotlib.figure")  # what is missing is said now, not after days
     if stage == "theory":
         print(theory(), flush=True)
         if cfg.figures:
