@@ -35,6 +35,7 @@ import math
 import pathlib
 import re
 import sys
+import tempfile
 import time
 import warnings
 import zlib
@@ -66,7 +67,6 @@ except ImportError:  # Windows: no lock on run folders there
 
 SYNC_EVERY = 50  # training steps between two reads of device-side values
 EVAL_BATCH = 500  # images scored at once
-CPU_CHUNK = 32  # images that a gradient-free forward takes at once on a CPU: few enough to stay in its caches
 AUGMENT_GROUPS = 512  # independent draws of an augmentation policy in an epoch
 AMP_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 
@@ -137,13 +137,12 @@ class Config:
     """Every setting of a run, one field per flag; None stands for the data set's or the method's own default."""
 
     # fmt: off
-    data: str = _flag("cifar100", "data set", "cifar10 cifar100 tinyimagenet folder synthetic", group="what")
+    data: str = _flag("cifar100", "data set", group="what")
     data_dir: str = _flag("data", "folder that holds, or will hold, the data", identity=False)
     image_size: int = _flag(None, "side of the images of --data folder (32)", low=16, high=512)
     ir: float = _flag(None, "imbalance n_max/n_min (10; cifar10 50, synthetic 20, folder as it is)", low=1, many=True)
     method: str = _flag("ltsd", "training method, or 'all'", many=True)
-    arch: str = _flag(None, "network (resnet18; tinyimagenet preactresnet18, synthetic resnet8)",
-                      "resnet18 preactresnet18 wrn34-10 resnet8")
+    arch: str = _flag(None, "network (resnet18; tinyimagenet preactresnet18, synthetic resnet8)")
     stage: str = _flag("all", "what to do", "all teacher distill train eval report theory bench", identity=False)
     aug: str = _flag("none", "RandAugment(2, 8) or AutoAugment before crop and flip", "none ra aua", many=True)
     alpha: float = _flag(None, "distillation weight after its ramp (40; synthetic 10)", group="method", many=True)
@@ -192,7 +191,7 @@ class Config:
 COMMON = dict(arch="resnet18", alpha=40.0, epochs=100, batch_size=128, teacher_epochs=30, teacher_batch_size=32,
               lr=0.1, beta=6.0, weight_decay=5e-4, milestones="0.75,0.9", attacks="clean,pgd,aa")
 SMALL = dict(arch="resnet8", alpha=10.0, epochs=10, teacher_epochs=6, batch_size=32, attacks="clean,pgd")
-DATASETS = {  # classes, image side, classes in the tail group, defaults of its own
+DATASETS = {  # classes, image side, classes in the tail group, defaults of its own; `load_data` names the loaders
     "cifar10":      (10, 32, 1, dict(ir=50.0)),
     "cifar100":     (100, 32, 10, dict(ir=10.0)),
     "tinyimagenet": (200, 64, 20, dict(ir=10.0, arch="preactresnet18")),
@@ -586,27 +585,9 @@ class FrozenCopy(nn.Module):
         self.capture = capture_cuda_graph if self.targets[0].is_cuda else None
         return self
 
-    def ascend(self, settings, *inputs):
-        """_ascend(self, *settings, *inputs), as a graph where that is to be had: one for each setting and batch size,
-        so that an evaluation does not push out the training's. A graph's result is valid until its next replay."""
-        fn = functools.partial(_ascend, self, *settings)
-        if self.capture is None or len(inputs[0]) not in self.sizes:
-            return fn(*inputs)
-        key = (settings, *(t.shape for t in inputs))
-        if key not in self.graphs:
-            buffers = [t.clone() for t in inputs]
-            self.graphs[key] = (buffers, *self.capture(fn, buffers))
-        buffers, replay, result = self.graphs[key]
-        torch._foreach_copy_(buffers, list(inputs))
-        replay()
-        return result
-
     def forward(self, x):
         net = self.compiled if len(x) in self.sizes else self.net
-        x = x.to(self.dtype, memory_format=torch.channels_last)  # another layout would be another graph
-        if x.is_cpu and len(x) > CPU_CHUNK and not torch.is_grad_enabled():
-            return torch.cat([net(part) for part in x.split(CPU_CHUNK)])
-        return net(x)
+        return net(x.to(self.dtype, memory_format=torch.channels_last))  # another layout would be another graph
 
 
 def capture_cuda_graph(fn, inputs):
@@ -622,6 +603,22 @@ def capture_cuda_graph(fn, inputs):
         with torch.cuda.graph(graph, capture_error_mode="thread_local" if WORLD > 1 else "global"):
             result = fn(*inputs)
     return graph.replay, result
+
+
+def replayed(graphs, key, fn, inputs, capture, changed=tuple):
+    """fn(*inputs) as a CUDA graph, captured when first called: one for each key (settings) and shape, so that an
+    evaluation does not push out the training's. changed(): the tensors that fn updates, which capturing leaves as they
+    were. The result is valid until the next replay."""
+    key = (key, *(t.shape for t in inputs))
+    if key not in graphs:
+        buffers, kept = [t.clone() for t in inputs], [(t, t.clone()) for t in changed()]
+        graphs[key] = (buffers, *capture(fn, buffers))
+        for tensor, before in kept:
+            tensor.copy_(before)
+    buffers, replay, result = graphs[key]
+    torch._foreach_copy_(buffers, list(inputs))
+    replay()
+    return result
 
 
 @contextlib.contextmanager
@@ -669,17 +666,23 @@ def pgd_attack(model, x, y, *, eps, step_size, steps, init="uniform", objective=
     settings = (objective or cross_entropy_objective, eps, step_size, steps)
     inputs = [x, y, start] + ([] if aux is None else [aux])
     with context as forward:
-        if isinstance(forward, FrozenCopy):
-            return forward.ascend(settings, *inputs)
-        return _ascend(forward, *settings, *inputs)
+        fn = functools.partial(_ascend, forward, *settings)
+        if getattr(forward, "capture", None) and len(x) in forward.sizes:
+            return replayed(forward.graphs, settings, fn, inputs, forward.capture)
+        return fn(*inputs)
+
+
+def gradient_scale(net, count=1):
+    """What an objective, a mean over `count` images, is multiplied with before its gradient is taken: fp16 flushes to
+    zero what is below 6e-8, as a confident image's gradient is."""
+    return 2.0**10 * count if getattr(net, "dtype", None) == torch.float16 else 1.0
 
 
 def _ascend(forward, objective, eps, step_size, steps, x, y, start, aux=None):
     """The attack's steps from `start`; forward: images in its own `dtype` (default float32) -> float32 logits."""
     dtype, x_adv = getattr(forward, "dtype", torch.float32), start.clone()
     low = None if dtype == torch.float32 else x_adv.to(dtype)
-    # fp16 flushes what is below 6e-8 to zero; only the sign matters, so attack a multiple of the objective
-    scale = 2.0**10 * len(x) if dtype == torch.float16 else 1.0
+    scale = gradient_scale(forward, len(x))
     for _ in range(steps):
         leaf = (x_adv if low is None else low).detach().requires_grad_()
         with torch.enable_grad():
@@ -727,6 +730,31 @@ def training_nets(cfg, model):
     return student, frozen
 
 
+def training_step(cfg, model, student, counts, teacher, capture):
+    """(optimizer, step): SGD, and a function (x, x_adv, y, alpha, lr) -> outer_step's result. With `capture`, in one
+    process, it is a CUDA graph for whole batches: at batch 32 the host would need longer than the device."""
+    options, graphs = dict(weight_decay=cfg.weight_decay, fused=counts.is_cuda), {}
+    optimizer = torch.optim.SGD(model.parameters(), cfg.lr, cfg.momentum, **options)
+    if capture:  # momentum stays where the graph looks for it; zero is the same as none
+        optimizer.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in model.parameters()})
+
+    def changed():
+        return [*model.state_dict().values(), *(state["momentum_buffer"] for state in optimizer.state.values())]
+
+    def eager(x, x_adv, y, alpha, lr):
+        optimizer.param_groups[0]["lr"] = lr
+        batch = Batch(student, x, x_adv, y, counts, cfg, alpha, teacher)
+        return outer_step(METHODS[cfg.method], batch, model, optimizer)
+
+    def step(x, x_adv, y, alpha, lr):
+        if not capture or WORLD > 1 or len(x) != cfg.batch_size:
+            return eager(x, x_adv, y, alpha, lr)
+        inputs = x, x_adv, y, *(torch.full((), number, device=x.device) for number in (alpha, lr))
+        return replayed(graphs, cfg.method, eager, inputs, capture, changed)
+
+    return optimizer, step
+
+
 def train(name, cfg, data, run, teacher=None) -> nn.Module:
     """Train a Net as cfg says on `data`, going on from the run's state.pt where that holds a training of this name.
 
@@ -741,13 +769,12 @@ def train(name, cfg, data, run, teacher=None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(cfg.seed, name, "weights"))
         model = build_model(cfg.arch, len(data.classes), row.head).to(device)
-    options = dict(momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
-    optimizer = torch.optim.SGD(model.parameters(), cfg.lr, **options)
     counts = torch.tensor(data.counts, dtype=torch.float32, device=device)
     # what is true after the last complete epoch; `predicted`: how often it predicted each class at x'
     at = {"epoch": 0, "seconds": 0.0, "score": -1.0, "best": None, "predicted": counts.double().cpu()}
-    at = run.load_state(name, at, model, optimizer)
     student, frozen = training_nets(cfg, model)
+    optimizer, optimise = training_step(cfg, model, student, counts, teacher, frozen.capture)
+    at = run.load_state(name, at, model, optimizer)
     nets = scoring_nets(model, cfg, data.counts) if name == "student" else ()
     threat = dict(eps=cfg.eps / 255, step_size=cfg.step_size / 255, steps=cfg.steps, objective=row.objective)
     milestones, saved, cost = [float(share) for share in cfg.milestones.split(",")], -math.inf, 0.0
@@ -755,8 +782,6 @@ def train(name, cfg, data, run, teacher=None) -> nn.Module:
     first = at["epoch"] + 1
     for epoch in range(first, cfg.epochs + 1):
         began, lr = time.perf_counter(), lr_at(epoch, cfg.epochs, cfg.lr, milestones)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         draws = torch.Generator().manual_seed(derive_seed(cfg.seed, name, epoch))
         noise = torch.Generator(device).manual_seed(derive_seed(cfg.seed, name, epoch, "noise", RANK))
         order = torch.randperm(len(data.train_labels), generator=draws)
@@ -771,8 +796,7 @@ def train(name, cfg, data, run, teacher=None) -> nn.Module:
             aux, x_adv = torch.no_grad()(row.aux)(frozen, x, counts, before), x
             if row.objective:
                 x_adv = pgd_attack(frozen, x, y, init=row.init, aux=aux, generator=noise, **threat)
-            batch = Batch(student, x, x_adv, y, counts, cfg, cfg.alpha * epoch / cfg.epochs, teacher)
-            loss, logits = outer_step(row, batch, model, optimizer)
+            loss, logits = optimise(x, x_adv, y, cfg.alpha * epoch / cfg.epochs, lr)
             guess = logits.argmax(1)
             sums += torch.stack([loss * len(y), (guess == y).sum()])
             predicted.index_add_(0, guess, torch.ones_like(guess, dtype=predicted.dtype))
@@ -965,8 +989,8 @@ def load_folder(data_dir, size) -> Data:
         odd = sorted({*names} ^ {*parts[1].classes}) or names
         raise UserError(f"--data-dir {data_dir}: train and test need the same classes, two or more; unlike: {odd[:5]}")
     order = np.argsort(-np.bincount(parts[0].targets), kind="stable")
-    rank = np.argsort(order).tolist()
-    samples = [[(path, rank[label]) for path, label in part.samples] for part in parts]
+    new_label = np.argsort(order).tolist()
+    samples = [[(path, new_label[label]) for path, label in part.samples] for part in parts]
     return _read_images(*samples, [names[i] for i in order], size, root / f".ltsd-{size}.pt")
 
 
@@ -1047,8 +1071,9 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Sequential(*([] if same else [_conv(cin, cout, 1, stride), nn.BatchNorm2d(cout)]))
 
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out)).add_(self.shortcut(x))
+        return F.relu(out, inplace=True)
 
 
 class PreActBlock(nn.Module):
@@ -1126,7 +1151,7 @@ def build_model(arch, num_classes, head="linear") -> nn.Module:
     block, blocks, widths, stage = ARCHS[arch]
     parts, wide = {"conv1": _conv(3, widths[0], 3)}, block is WideBlock
     if block is BasicBlock:
-        parts |= {"bn1": nn.BatchNorm2d(widths[0]), "relu": nn.ReLU()}
+        parts |= {"bn1": nn.BatchNorm2d(widths[0]), "relu": nn.ReLU(inplace=True)}
     for i, (cin, cout) in enumerate(itertools.pairwise(widths), 1):
         made = [block(cout if j else cin, cout, 2 if i > 1 and j == 0 else 1) for j in range(blocks)]
         layers = nn.Sequential(*made)
@@ -1186,6 +1211,7 @@ def load_weights(model, path):
 # target): row i of every tensor in the dict `lane`, with its own counter lane["step"][i]. A lane that ends is refilled
 # at once, so that the batch stays full until the jobs run out; then it shrinks.
 AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
+NEWTON_TURNS = 16  # of FAB's projection; 14 were the most that random heavy-tailed gradients took
 FLOATS = (torch.float32, torch.float64)
 
 
@@ -1224,8 +1250,7 @@ def margin(logits, y):
 def is_fooled(logits, y):
     """bool [N]: another class beats y, by more than the rounding that an image shows when its batch changes shape, so
     that the verdict survives re-scoring. NaN logits never count."""
-    slack = 100 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
-    return margin(logits, y) < -slack
+    return margin(logits, y) < -100 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
 
 
 def logit_gap(logits, lane):
@@ -1241,12 +1266,13 @@ def targeted_dlr(logits, lane):
 
 def input_gradient(net, x, objective):
     """(logits, objective per row, its gradient at x); parameters get none."""
+    scale = gradient_scale(net)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = net(x)
         value = objective(logits)
-        (gradient,) = torch.autograd.grad(value.sum(), x)
-    return logits.detach(), value.detach(), gradient
+        (gradient,) = torch.autograd.grad(value.sum() * scale, x)
+    return logits.detach(), value.detach(), gradient.div_(scale)
 
 
 class APGD:
@@ -1298,19 +1324,19 @@ def project_linf(t, w, gap):
     """Smallest d in the maximum norm with <w, d> = -gap and t + d in [0, 1]; else the corner closest to that. t, w [N,
     D]; gap [N]. Every coordinate moves by the same length, cut at the room it has. The length solves sum |w|
     min(length, room) = |gap|: concave and piecewise linear, so Newton from the left arrives exactly, after about four
-    steps (sorting the breakpoints takes three times as long)."""
+    turns (sorting the breakpoints takes three times as long)."""
     need, weight = gap.abs(), w.abs()
     down = w * gap.sign()[:, None]  # > 0 where the coordinate has to fall
     room = torch.where(down > 0, t, 1 - t)
     full = weight * room
     length = need / weight.sum(1).clamp_min(1e-30)
-    while True:
-        free = room > length[:, None]
-        longer = need - full.masked_fill(free, 0).sum(1)
-        longer /= weight.masked_fill(~free, 0).sum(1).clamp_min(1e-30)
-        if not (longer > length).any():
-            return -down.sign() * torch.minimum(length[:, None], room)
-        length = torch.maximum(length, longer)
+    for _ in range(NEWTON_TURNS):
+        free = room.clone().gt_(length[:, None])  # 1.0 or 0.0: on a CPU a mask of bools is several times slower
+        longer = (need - (full * (1 - free)).sum(1)) / (weight * free).sum(1).clamp_min(1e-30)
+        length, shorter = torch.maximum(length, longer), length
+        if length.is_cpu and torch.equal(length, shorter):  # a GPU would have to be waited for
+            break
+    return -down.sign() * torch.minimum(length[:, None], room)
 
 
 class FAB:
@@ -1325,6 +1351,7 @@ class FAB:
 
     def start(self, lane):
         lane["z"] = lane["best"] = lane["x0"]
+        lane["margin"] = lane["x0"].new_full((len(lane["x0"]),), math.inf)
 
     def advance(self, lane):
         """As APGD's."""
@@ -1337,9 +1364,11 @@ class FAB:
         reach = both.abs().amax(1).clamp_min_(1e-8).view(2, -1)
         alpha = image_like((reach[0] / (reach[0] + reach[1])).clamp_(max=self.ALPHA_MAX), z)
         z = ((z + self.ETA * from_z) * (1 - alpha) + (x0 + self.ETA * from_x0) * alpha).clamp_(0, 1)
-        crossed = is_fooled(self.net(z), lane["y"])
+        logits, inside = self.net(z), (z - x0).abs().flatten(1).amax(1) <= self.eps
+        crossed, value = is_fooled(logits, lane["y"]), margin(logits, lane["y"])
+        replace_rows(lane, inside & (value < lane["margin"]), margin=value, best=z)
         lane["z"] = torch.where(image_like(crossed, z), x0 + self.BETA * (z - x0), z)
-        return z, crossed & ((z - x0).abs().flatten(1).amax(1) <= self.eps)
+        return z, crossed & inside
 
 
 class Square:
@@ -1389,44 +1418,60 @@ class Square:
         return torch.where(square, colour, lane["best"])
 
 
-def run_lanes(name, attack, exact, rows, make_lane, batch_size) -> dict:
+def lane_count(wanted, batch_size, fixed):
+    """How many lanes to run for `wanted` jobs: as many, up to batch_size; where a new shape is dear (fixed: on CUDA or
+    compiled) the least of batch_size, its half, its quarter, ..., 16 that holds them."""
+    size = batch_size if fixed else min(wanted, batch_size)
+    while fixed and size // 2 >= max(wanted, 16):
+        size //= 2
+    return size
+
+
+def run_lanes(name, attack, exact, rows, make_lane, batch_size, fixed) -> dict:
     """Run an attack on rows: all against their first target, those still robust against the second, ... -> the fooled:
     {"rows": int64 [k], "images": [k,C,H,W] on the CPU, "seconds"}."""
-    began, queue, jobs, lane = time.monotonic(), [(row, 0) for row in rows], [], {}  # jobs: (row, rank of its target)
-    found, images = [], [torch.empty(0)]
-    while queue or jobs:
-        fresh, queue = queue[: batch_size - len(jobs)], queue[batch_size - len(jobs) :]
-        if fresh:
-            new = make_lane(fresh)
+    began, lane, found, images = time.monotonic(), {}, [np.empty(0, np.int64)], [torch.empty(0)]
+    queue = np.stack([rows, np.zeros_like(rows)], 1)  # jobs to come: a row and which of its targets
+    jobs = np.full((lane_count(len(queue), batch_size, fixed), 2), -1)  # what each lane is at; -1: it idles along
+    while len(queue) or (jobs >= 0).any():
+        size = lane_count(len(queue) + (jobs[:, 0] >= 0).sum(), batch_size, fixed)
+        if size < len(jobs):
+            keep = np.argsort(jobs[:, 0] < 0, kind="stable")[:size]  # the busy ones first
+            jobs, keep = jobs[keep], torch.as_tensor(keep, device=lane["y"].device)
+            lane = {key: tensor.index_select(0, keep) for key, tensor in lane.items()}
+        idle = np.flatnonzero(jobs[:, 0] < 0)
+        fresh, queue = np.split(queue, [len(idle)])
+        if len(fresh):
+            jobs[idle[: len(fresh)]] = fresh
+            new = make_lane(*torch.from_numpy(fresh).unbind(1))
             attack.start(new)
-            lane = {name: torch.cat([lane[name], new[name]]) for name in new} if jobs else new
-            jobs += fresh
+            lane = lane or {key: tensor[:1].repeat_interleave(size, 0) for key, tensor in new.items()}
+            slots = torch.as_tensor(idle[: len(fresh)], device=new["y"].device)
+            for key, tensor in new.items():
+                lane[key][slots] = tensor
         scored, claims = attack.advance(lane)
-        lane["step"] = lane["step"] + 1
+        step = lane["step"] + 1
+        lane["step"] = step.clamp(max=attack.evaluations - 1)  # of idle lanes
         # this waits for the device
-        claims, used_up = torch.stack([claims, lane["step"] >= attack.evaluations]).cpu().numpy()
+        claims, used_up = torch.stack([claims, step >= attack.evaluations]).cpu().numpy() & (jobs[:, 0] >= 0)
         fooled = claims & (attack.net is exact)
         # another network that steers only claims; a lane that ends without success gets a last look, at its best point
         for looked_at, asked in ((scored, claims), (lane["best"], used_up)) if attack.net is not exact else ():
-            slots = torch.as_tensor(np.flatnonzero(asked & ~fooled), device=scored.device)
+            slots = np.flatnonzero(asked & ~fooled)
             if len(slots):
+                slots = torch.as_tensor(np.resize(slots, lane_count(len(slots), batch_size, fixed)), device=step.device)
                 hits = slots[is_fooled(exact(looked_at[slots]), lane["y"][slots])]
                 scored[hits] = looked_at[hits]
                 fooled[hits.cpu().numpy()] = True
-        ended = fooled | used_up
-        if fooled.any():
-            found += [row for row, _ in itertools.compress(jobs, fooled)]
-            images.append(scored[torch.as_tensor(fooled, device=scored.device)].cpu())
-        if ended.any():
-            survivors = itertools.compress(jobs, ended & ~fooled)
-            queue += [(row, rank + 1) for row, rank in survivors if rank + 1 < attack.targets]
-            jobs = list(itertools.compress(jobs, ~ended))
-            keep = torch.as_tensor(np.flatnonzero(~ended), device=scored.device)
-            lane = {name: tensor.index_select(0, keep) for name, tensor in lane.items()}
-            show_progress(f"{name}: {len(rows) - len(found)} robust, {len(queue) + len(jobs)} still to attack")
+        if (fooled | used_up).any():
+            found.append(jobs[fooled, 0])
+            images.append(scored[torch.as_tensor(np.flatnonzero(fooled), device=step.device)].cpu())
+            again = jobs[used_up & ~fooled & (jobs[:, 1] + 1 < attack.targets)] + (0, 1)
+            queue, jobs[fooled | used_up] = np.concatenate([queue, again]), -1
+            show_progress(f"{name}: {len(queue) + (jobs[:, 0] >= 0).sum()} of {len(rows)} still to attack")
     show_progress()
-    images = torch.cat(images[1:] or images)
-    return {"rows": torch.tensor(found, dtype=torch.int64), "images": images, "seconds": time.monotonic() - began}
+    found, images = torch.from_numpy(np.concatenate(found)), torch.cat(images[1:] or images)
+    return {"rows": found, "images": images, "seconds": time.monotonic() - began}
 
 
 def warn_of_odd_models(net, x, y, logits, gradients):
@@ -1455,17 +1500,18 @@ def autoattack(
     any other is unchanged. log: called with one line of text at a time. iterations: of APGD and FAB, per target. index:
     int64 [N], the points' numbers in the random draws (default 0 .. N-1): results do not depend on batch_size. state: a
     mutable mapping; state[attack] is set when that attack has ended and used when the same call is made again (that it
-    is the same is the caller's care). nets: (steer, exact), the forward by which APGD ascends and the one that decides
-    everything; by default the model twice, a Net as its FrozenCopy. Fewer than 10 classes: as many targets as there
-    are; fewer than 4: APGD-T climbs z_target - z_y, as DLR needs 4. ValueError for bad input."""
+    is the same is the caller's care). nets: (steer, exact), the forwards that move images and that decide, by default
+    scoring_nets(model); FAB, which lives on small differences of logits, is never moved by bfloat16. Fewer than 10
+    classes: as many targets as there are; fewer than 4: APGD-T climbs z_target - z_y, as DLR needs 4. ValueError for
+    bad input."""
     check_images(x, y, FLOATS)
     if not 0 <= eps <= 1 or min(batch_size, iterations, queries, targets) < 1 or not set(attacks) <= set(AUTOATTACK):
         raise ValueError(f"eps {eps}, attacks {attacks}: want eps in [0,1], counts >= 1, attacks from {AUTOATTACK}")
     x, x_adv, log = x.detach(), x.detach().clone(), log or (lambda line: None)
     if not len(x):
         return x_adv
-    whole = FrozenCopy(model, next(model.parameters()).dtype) if isinstance(model, Net) else model
-    (steer, exact), state = nets or (whole, whole), {} if state is None else state
+    (steer, exact), state = nets or scoring_nets(model), {} if state is None else state
+    fixed = x.is_cuda or any(getattr(net, "sizes", ()) for net in (steer, exact))
     index = torch.arange(len(x)) if index is None else index.cpu()
     with eval_mode(exact), torch.no_grad(), ieee_float32():
         logits = torch.cat([exact(part) for part in x.split(batch_size)])
@@ -1480,35 +1526,32 @@ def autoattack(
         robust = (logits.argmax(1) == y).cpu()
         log(f"clean     points {int(robust.sum())}  accuracy {100 * robust.double().mean():.2f} %")
 
-        def make_lane(jobs):  # of [(row, target's rank), ...]
-            rows, ranks = torch.tensor(jobs).unbind(1)
-            key = hash64(hash64(hash64(hash64(number) + index[rows]) + ranks))
-            rows, ranks, key = (t.to(y.device) for t in (rows, ranks, key))
-            lane = {"key": key, "step": torch.zeros_like(rows), "x0": x[rows], "y": y[rows]}
-            return lane | {"target": order[rows, ranks + 1]}
+        def make_lane(rows, nth):  # nth: which target
+            key = hash64(hash64(hash64(hash64(number) + index[rows]) + nth))
+            rows, nth, key = (t.to(y.device) for t in (rows, nth, key))
+            target, step = order[rows, nth + 1], torch.zeros_like(rows)
+            return {"key": key, "step": step, "x0": x[rows], "y": y[rows], "target": target}
 
         targets, climb = min(targets, classes - 1), targeted_dlr if classes >= 4 else logit_gap
         made = {
             "apgd-ce": APGD(steer, eps, iterations, lambda z, lane: F.cross_entropy(z, lane["y"], reduction="none")),
             "apgd-t": APGD(steer, eps, iterations, climb, targets),
-            "fab-t": FAB(exact, eps, iterations, targets),
-            "square": Square(exact, eps, queries),
+            "fab-t": FAB(exact if getattr(steer, "dtype", 0) == torch.bfloat16 else steer, eps, iterations, targets),
+            "square": Square(steer, eps, queries),
         }
         for name in attacks:
             if name not in state:
                 number = torch.tensor(seed) + hash64(torch.tensor(1 + AUTOATTACK.index(name)))
-                rows = robust.nonzero()[:, 0].tolist()
-                state[name] = run_lanes(name, made[name], exact, rows, make_lane, batch_size)
+                rows = robust.nonzero()[:, 0].numpy()
+                state[name] = run_lanes(name, made[name], exact, rows, make_lane, batch_size, fixed)
             found = state[name]
             if len(found["rows"]):
                 robust[found["rows"]] = False
                 x_adv[found["rows"].to(x.device)] = found["images"].to(x.device)
-            share = 100 * robust.double().mean()
-            log(f"{name:9s} points {int(robust.sum())}  robust {share:.2f} %  {found['seconds']:.1f} s")
-        late = len(state["square"]["rows"]) if "square" in attacks[1:] else 0
-        if late > max(1, 0.002 * len(x)):
-            text = f"autoattack: Square fooled {late} points that the gradient attacks missed: are they masked?"
-            warnings.warn(text, stacklevel=2)
+            share, took = 100 * robust.double().mean(), found["seconds"]
+            log(f"{name:9s} points {int(robust.sum())}  robust {share:.2f} %  {took:.1f} s")
+        if "square" in attacks[1:] and len(state["square"]["rows"]) > max(1, 0.002 * len(x)):
+            warnings.warn("autoattack: Square fooled what the gradient attacks missed: are they masked?", stacklevel=2)
     return x_adv
 
 
@@ -1518,32 +1561,35 @@ ATTACKS = ("clean", "pgd", "aa")
 
 @contextlib.contextmanager
 def ieee_float32():
-    """Inside, no TF32: a verdict must not depend on ten bits. No cuDNN autotuning, either: batch sizes change."""
+    """Inside, no TF32: a verdict must not depend on ten bits."""
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     try:
         switches = [(t, "allow_tf32", t.allow_tf32, False) for t in (cudnn, cuda)]
     except RuntimeError:  # the importing program uses PyTorch's newer switches, which do not mix with these
         switches = [(t, "fp32_precision", t.fp32_precision, "ieee") for t in (cudnn.conv, cuda)]
-    switches.append((cudnn, "benchmark", cudnn.benchmark, False))
-    try:
-        for switch, name, _, strict in switches:
+    with contextlib.ExitStack() as afterwards:
+        for switch, name, before, strict in switches:
+            afterwards.callback(setattr, switch, name, before)
             setattr(switch, name, strict)
         yield
-    finally:
-        for switch, name, before, _ in switches:
-            setattr(switch, name, before)
 
 
-def scoring_nets(model, cfg, counts):
-    """(steer, exact): a Net's copies in the precision of the run and in float32, for `evaluate`. RoBal's network gets
-    its post-hoc head beyond 10 classes: 10 * scores - 1.7 ln(n_c/N), attacked as such."""
-    exact = FrozenCopy(model)
-    nets = (exact if cfg.amp == "off" else FrozenCopy(model, AMP_DTYPE[cfg.amp]), exact)
+def scoring_nets(model, cfg=None, counts=()):
+    """(steer, exact): what an evaluation's attacks move by, and what decides. A float32 Net as two copies: float16 on
+    CUDA, where it is as fast as bfloat16 and eight times as fine, elsewhere of cfg's precision (default: the fastest of
+    the device), and float32; with 'off' one copy twice, as any other module. RoBal's network gets its post-hoc head
+    beyond 10 classes: 10 * scores - 1.7 ln(n_c/N), attacked as such."""
+    if not isinstance(model, Net):
+        return model, model
+    weight = next(model.parameters())
+    exact, amp = FrozenCopy(model, weight.dtype), cfg.amp if cfg else best_precision(weight.device)
+    low = torch.float16 if weight.is_cuda else AMP_DTYPE[amp]
+    nets = (exact if amp == "off" or weight.dtype != torch.float32 else FrozenCopy(model, low)), exact
     for net in set(nets):
         if isinstance(model[-1], CosineHead) and len(counts) > 10:
             net.net[-1].scale, shares = 10.0, torch.tensor(counts) / sum(counts)
             net.net[-1].prior.copy_(1.7 * shares.log())
-        if cfg.compile == "on":
+        if cfg and cfg.compile == "on":
             net.speed_up(EVAL_BATCH)
     return nets
 
@@ -1555,9 +1601,9 @@ def evaluate(
     """Accuracy on test images in percent: overall, per class, on the tail classes. images_u8: uint8 [N,3,H,W]; labels:
     int64 [N], same device; tail: class indices. 'clean' is plain accuracy; 'pgd' the accuracy at the last iterate of
     PGD (uniform start clipped to [0,1], one restart, no early exit); 'aa' the accuracy under AutoAttack standard, to
-    which log and state go. nets: (steer, exact), the forwards that ascend and that decide, by default the model twice,
-    a Net as its FrozenCopy; verdicts are IEEE float32. Noise depends on the seed and the batch's or the point's number
-    only; under torchrun each rank takes whole batches, and all return the same. Returns clean, tail_clean, class_clean
+    which log and state go. nets: (steer, exact), the forwards that ascend and that decide, by default
+    scoring_nets(model); verdicts are IEEE float32. Noise depends on the seed and on a batch's or point's number only;
+    under torchrun each rank takes whole batches, and all return the same. Returns clean, tail_clean, class_clean
     (a list) and the like, with balanced_* (mean of the class accuracies) where classes differ in size; tail_* is None
     where no image is of the tail. No global generator is touched and the model is left as it was. ValueError for no
     images, or another dtype or shape."""
@@ -1566,8 +1612,7 @@ def evaluate(
         raise ValueError(f"got images {given[0]}, labels {given[1]}: want uint8 [N,3,H,W] and int64 [N], N > 0")
     if isinstance(attacks, str) or not set(attacks) <= set(ATTACKS) or batch_size < 1:
         raise ValueError(f"attacks {attacks!r}, batch_size {batch_size}: want a sequence from {ATTACKS}, at least 1")
-    whole = FrozenCopy(model) if nets is None and isinstance(model, Net) else model
-    steer, exact = nets or (whole, whole)
+    steer, exact = nets or scoring_nets(model)
     correct = {name: torch.zeros(len(labels), dtype=torch.bool, device=labels.device) for name in attacks}
     if "aa" in attacks:
         mine = torch.arange(len(labels), device=labels.device)
@@ -2066,8 +2111,7 @@ def report_figures(settings, folder):
             (xs, members), name = zip(*family), COLUMNS[tail + column]
             style = dict(ls="-" if column == "pgd" else "--", label=f"{members[0].label(key, 'seed', *shared)}, {name}")
             plot(ax, i, members[0], xs, [s.stat(tail + column) for s in members], **style)
-        who = "tail classes" if tail else "all classes"
-        ax.set(xlabel=key, ylabel=f"accuracy (%), {who}", xscale="log" if key == "ir" else "linear")
+        ax.set(xlabel=key, ylabel=f"{tail}accuracy (%)".replace("_", " "), xscale="log" if key == "ir" else "linear")
 
     pairs = (("clean", robust), ("tail_clean", "tail_pgd"))
     save_figure(folder, "scatter.png", title, *(functools.partial(scatter, a=a, b=b) for a, b in pairs))
@@ -2104,20 +2148,15 @@ def theorem1(n, eta, eps, r) -> dict:
 
 
 def theory(n=2, eta=1.0, eps=0.5, ratios=(1, 2, 5, 10, 20, 50)) -> str:
-    """Section 3 and appendix A as Markdown: tail errors in closed form by imbalance ratio, then what they show in two
-    lines that end in yes or NO (Corollary 1 is strict for r > 1 and eps > 0). ValueError as in `theorem1`."""
-    ratios = sorted(ratios)
-    closed, rows = [theorem1(n, eta, eps, r) for r in ratios], [["IR", "training", "bias", "clean", "attacked"]]
-    for (r, x), (key, name) in itertools.product(zip(ratios, closed), CLASSIFIERS.items()):
+    """Section 3 and appendix A as Markdown: tail errors in closed form by imbalance ratio; adversarial training leaves
+    an attacked tail worse (Corollary 1). ValueError as in `theorem1`."""
+    rows = [["IR", "training", "bias", "clean", "attacked"]]
+    for r, (key, name) in itertools.product(ratios, CLASSIFIERS.items()):
+        x = theorem1(n, eta, eps, r)
         errors = [f"{100 * x[f'{key}_{kind}']:.2f}" for kind in ("std", "rob")]
         rows.append([f"{r:g}", f"{name} training", f"{x[f'b_{key}']:.4f}", *errors])
-    gaps = [100 * (x["rob_rob"] - x["nat_rob"]) for x in closed]
-    said = ", ".join(f"{gap:.2f} at IR {r:g}" for r, gap in zip(ratios, gaps))
-    checks = {"Every tail error grows with IR": all(a[k] < b[k] for a, b in itertools.pairwise(closed) for k in a)}
-    worse = all(gap > 0 or r == 1 or eps == 0 for r, gap in zip(ratios, gaps))
-    checks[f"Attacked tail worse after adversarial training (points: {said})"] = worse
     about = f"Tail errors of eq. (2) in %, bias at |w| = 1, in closed form: n {n}, eta {eta:g}, eps {eps:g}."
-    return "\n".join([about, "", *markdown(rows), "", *(f"- {k}: {'yes' if v else 'NO'}" for k, v in checks.items())])
+    return "\n".join([about, "", *markdown(rows)])
 
 
 def theory_figures(folder, eta=1.0, eps=0.5, seed=0):
@@ -2135,8 +2174,7 @@ def theory_figures(folder, eta=1.0, eps=0.5, seed=0):
             ax.axline((0, at), slope=-1, color=color, ls=dash, lw=3, label=f"{CLASSIFIERS[key]} training")
         ax.set(title=f"IR {r}", xlabel="$x_1$", ylabel="$x_2$", xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
 
-    draws = [functools.partial(boundaries, r=r) for r in (1, 2, 5)]
-    save_figure(folder, "figure2.png", "Optimal linear classifiers on imbalanced data", *draws)
+    save_figure(folder, "figure2.png", "Optimal classifiers", *(functools.partial(boundaries, r=r) for r in (1, 2, 5)))
 
 
 # 12  Bench ============================================================================================================
@@ -2177,23 +2215,18 @@ def bench_core(cfg, batch, steps, rounds):
     x_cl, threat = x.contiguous(memory_format=torch.channels_last), dict(eps=8 / 255, step_size=2 / 255, steps=steps)
     counts = torch.tensor(long_tail_counts(500, 100, 10), dtype=torch.float32, device=device)
     student, frozen = training_nets(cfg, ours)
-    low_teacher = FrozenCopy(teacher, frozen.dtype)
-    sgd = {net: torch.optim.SGD(net.parameters(), 0.01, 0.9) for net in (plain, ours)}
     attack = functools.partial(pgd_attack, x=x_cl, y=y, init="gauss", **threat)
-
-    def step(net, student, teacher, x, attack):
-        batch = Batch(student, x, attack(), y, counts, cfg, 40.0, torch.no_grad()(teacher))
-        outer_step(METHODS["ltsd"], batch, net, sgd[net])
-
+    low_teacher = torch.no_grad()(FrozenCopy(teacher, frozen.dtype))
+    _, our_step = training_step(cfg, ours, student, counts, low_teacher, frozen.capture)
+    _, plain_step = training_step(cfg, plain, plain, counts, torch.no_grad()(plain_teacher.eval()), None)
     plainly = functools.partial(plain_attack, plain, x, y, **threat)
     levers = {"plain": plainly, "folded norms, fused step": functools.partial(attack, FrozenCopy(ours))}
     if cfg.amp != "off":
         levers[f"+ {cfg.amp}"] = functools.partial(attack, FrozenCopy(ours, frozen.dtype))
     if cfg.compile == "on":
         levers["+ torch.compile" + ", CUDA graph" * (frozen.capture is not None)] = functools.partial(attack, frozen)
-    ours_step = functools.partial(step, ours, student, low_teacher, x_cl)
-    plain_step = functools.partial(step, plain, plain, plain_teacher.eval(), x, plainly)
-    steps = {"plain": plain_step, "all levers": lambda: ours_step(functools.partial(attack, frozen.refresh()))}
+    steps = {"plain": lambda: plain_step(x, plainly(), y, 40.0, 0.01)}
+    steps["all levers"] = lambda: our_step(x_cl, attack(frozen.refresh()), y, 40.0, 0.01)
     result = {"attack": levers, "train_step": steps}
     for part, functions in result.items():
         took = timed(functions, rounds, device)
@@ -2216,29 +2249,72 @@ def bench_kernel(device):
         x = torch.rand(images, 3, 32, 32, device=device)
         call = functools.partial(function, x.clone(), torch.randn_like(x).bfloat16(), x, 2 / 255, 8 / 255, x.bfloat16())
         us = 1e3 * triton.testing.do_bench_cudagraph(call)
-        # a step reads 4+2+4 bytes a value and writes 4+2, a copy moves 4+4
-        traffic = (8 if what == "copy" else 16) * x.numel()
-        rows.append(dict(images=images, what=what, us=us, gb_per_s=traffic / us / 1e3))
+        traffic = 8 if what == "copy" else 16  # bytes a value: a step reads 4+2+4 and writes 4+2, a copy moves 4+4
+        rows.append(dict(images=images, what=what, us=us, gb_per_s=traffic * x.numel() / us / 1e3))
+    return rows
+
+
+def bench_forward(device):
+    """Rows of what verdicts cost on CUDA: a folded ResNet-18's float32 forward without TF32, in either layout, cuDNN's
+    plans autotuned or not. It keeps a shape's first plan whatever the switch says; hence two batch sizes."""
+    rows, model = [], build_model("resnet18", 100).to(device)
+    for layout, tuned in itertools.product((torch.contiguous_format, torch.channels_last), (False, True)):
+        x = torch.rand(500 + tuned, 3, 32, 32, device=device).to(memory_format=layout)
+        forward = functools.partial(FrozenCopy(model).net.to(memory_format=layout), x)
+        torch.backends.cudnn.benchmark = tuned
+        with torch.no_grad(), ieee_float32():
+            seconds = timed({"forward": forward}, 5, device)["forward"]
+        rows.append(dict(layout=str(layout)[6:], autotuned=tuned, images_per_s=len(x) / seconds))
+    return rows
+
+
+def bench_autoattack(cfg):
+    """Rows of seconds for 64 images, 10 iterations and 500 queries, on a resnet8 after an epoch of PGD-AT on synthetic
+    data; official_s, the official package's, where pyautoattack is installed, else None."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        argv = "--data synthetic --ir 1 --method pgd-at --epochs 1 --milestones 1 --stage train --compile off".split()
+        (one,) = expand(parse_args([*argv, "--device", cfg.device, "--amp", cfg.amp, "--out", folder]))
+        run_one(one, argv)
+        data = load_data(one).to(cfg.device)
+        model, _, nets = load_net(one, data, f"{folder}/last.pt")
+    model.eval().to(memory_format=torch.contiguous_format)  # as the official package wants it
+    pick, rows = torch.arange(64) * len(data.test_labels) // 64, []
+    x, y = to_float(data.test_images[pick]).contiguous(), data.test_labels[pick]
+    for name in AUTOATTACK:
+        began = time.perf_counter()
+        autoattack(model, x, y, attacks=(name,), iterations=10, queries=500, nets=nets)
+        rows.append(dict(attack=name, ours_s=time.perf_counter() - began, official_s=None))
+        with contextlib.suppress(ImportError):
+            options = dict(attacks=[name], eps=8 / 255, version="custom", seed=0, device=cfg.device)
+            official = importlib.import_module("pyautoattack").AutoAttack(model, **options)
+            official.apgd.n_restarts, official.fab.n_restarts, official.square.n_queries = 1, 1, 500
+            official.apgd.n_iter = official.apgd_targeted.n_iter = official.fab.n_iter = 10
+            began = time.perf_counter()
+            official.run_standard_evaluation(x, y, batch_size=len(x))
+            rows[-1]["official_s"] = time.perf_counter() - began
     return rows
 
 
 def stage_bench(cfg):
-    """Measure the core against plain PyTorch on this machine; print the tables and write bench.json."""
+    """Measure the core against plain PyTorch on this machine; print the rows and write bench.json."""
     device, on_cuda = torch.device(cfg.device), cfg.device.startswith("cuda")
     path, steps = pathlib.Path(cfg.out or "runs/bench", "bench.json"), 10 if on_cuda else 2
     tune_process(cfg)
-    header = dict(environment(cfg), amp=cfg.amp, compile=cfg.compile, attack_steps=steps)
-    print(", ".join(f"{k} {v}" for k, v in header.items()), flush=True)
-    result = {"header": header, "attack": [], "train_step": [], "kernel": []}
+
+    def show(part, rows):
+        for row in rows:
+            cells = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+            print(f"{part:<11}", ", ".join(cells), flush=True)
+        return rows
+
+    result = {"header": dict(environment(cfg), amp=cfg.amp, compile=cfg.compile, attack_steps=steps)}
+    show("header", [result["header"]])
     for batch in (32, 128):
         for part, rows in bench_core(cfg, batch, steps, 5 if on_cuda else 128 // batch).items():
-            result[part] += rows
-            for row in rows:
-                line = "{batch:4} {lever:<40} {images_per_s:9.1f} images/s {ratio:6.2f} x plain"
-                print(f"{part:<11}", line.format(**row), flush=True)
-    for row in bench_kernel(device) if on_cuda else ():
-        result["kernel"].append(row)
-        print("kernel      {images} images  {what:<14} {us:9.1f} us {gb_per_s:8.0f} GB/s".format(**row), flush=True)
+            result[part] = result.get(part, []) + show(part, rows)
+    result["kernel"] = show("kernel", bench_kernel(device) if on_cuda else [])
+    result["forward"] = show("forward", bench_forward(device) if on_cuda else [])
+    result["autoattack"] = {row.pop("attack"): row for row in show("autoattack", bench_autoattack(cfg))}
     a, b = (torch.randn(2048, 2048, device=device, dtype=AMP_DTYPE[cfg.amp]) for _ in "ab")
     rate = 2 * 2048**3 / timed({"matmul": lambda: a @ b}, 5, device)["matmul"]
     # a step: forward and input gradient, 0.556 G multiply-adds each
@@ -2260,12 +2336,16 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def choices_of(f):
+    """The words that a field of Config can have, empty for any: rows that others add to these tables count, too."""
+    return {"method": METHODS, "arch": ARCHS, "data": DATASETS}.get(f.name, f.metadata["choices"])
+
+
 def _value(f, text):
     """One flag's text -> its value, or a tuple of values where it takes a comma list; argparse names the flag."""
-    meta, values = f.metadata, {}  # in order and without repeats: one run folder can only hold one run
-    choices, low, high = meta["choices"], meta.get("low", 0), meta.get("high", 1e12)
-    if f.name == "method":
-        choices, text = METHODS, ",".join(METHODS) if text == "all" else text
+    meta, choices, values = f.metadata, choices_of(f), {}  # in order, without repeats: a run folder holds one run
+    low, high = meta.get("low", 0), meta.get("high", 1e12)
+    text = ",".join(METHODS) if (f.name, text) == ("method", "all") else text
     for part in text.split(",") if "many" in meta else [text]:
         try:
             value = f.type(part.strip())
@@ -2286,7 +2366,7 @@ def parse_args(argv=None) -> Config:
     parser = group = _Parser("ltsd.py", "ltsd.py [options] [RUN ...]", __doc__.split("\n\n")[0], **parser_options)
     for f in fields(Config):
         group = parser.add_argument_group(f.metadata["group"]) if "group" in f.metadata else group
-        choices = METHODS if f.name == "method" else f.metadata["choices"]
+        choices = choices_of(f)
         kind = dict(metavar="{" + ",".join(choices) + "}" if choices else f.type.__name__.upper())
         kind = dict(action="store_true") if f.type is bool else kind | dict(type=functools.partial(_value, f))
         kind["help"] = f.metadata["help"] + "; a comma list makes a run each" * ("many" in f.metadata)
