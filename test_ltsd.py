@@ -671,10 +671,9 @@ def test_a_captured_attack_reads_the_newest_inputs_and_keeps_its_graph(monkeypat
     for number, (threat, n) in enumerate(calls):
         x, y = torch.rand(n, 3, 16, 16), (torch.arange(n) + number) % 10
         aux = F.log_softmax(torch.randn(n, 10), 1)
-        want, got = (
-            ltsd.pgd_attack(net, x, y, aux=aux, generator=torch.Generator().manual_seed(number), **threat)
-            for net in (eager, graphed)
-        )
+        draws = [torch.Generator().manual_seed(number) for _ in "ab"]
+        attacks = (functools.partial(ltsd.pgd_attack, net, generator=g) for net, g in zip((eager, graphed), draws))
+        want, got = (attack(x, y, aux=aux, **threat) for attack in attacks)
         assert torch.equal(got, want) and not torch.equal(got, x), number
         model.conv1.weight.data.mul_(-1)  # the graph has to see refreshed weights too
         eager.refresh(), graphed.refresh()
@@ -1052,8 +1051,12 @@ def test_autoattack_is_on_a_par_with_the_official_package_in_few_iterations(fore
     assert abs(ours - theirs) <= apart and 0.2 * points < theirs < 0.8 * points
 
 
+def test_targeted_dlr_by_hand():
+    logits, lane = torch.tensor([[0.0, 3.0, 5.0, 1.0, 2.0]]), dict(y=torch.tensor([2]), target=torch.tensor([1]))
+    assert ltsd.targeted_dlr(logits, lane).item() == pytest.approx((3 - 5) / (5 - (2 + 1) / 2))
+
+
 def test_apgd_halves_its_step_at_the_papers_checkpoints():
-    """p_(j+1) = p_j + max(p_j - p_(j-1) - 0.03, 0.06); a loss that never rises halves at each."""
     attack = ltsd.APGD(always(1.0, 0.0).eval(), 0.1, 100, lambda logits, lane: -ltsd.margin(logits, lane["y"]))
     zero, sizes = torch.zeros(1, dtype=torch.int64), []
     attack.start(lane := dict(key=zero, step=zero, y=zero, x0=torch.full((1, 3, 4, 4), 0.5)))
@@ -1068,9 +1071,10 @@ def test_apgd_halves_its_step_at_the_papers_checkpoints():
 def test_the_projection_equals_brute_force(scale):
     """Bisection on the length that every coordinate moves, cut at its room, in float64."""
     g = torch.Generator().manual_seed(1)
-    t, w, gap = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((40, 30), (40, 30), (40,)))
-    t, w, gap = t.sigmoid(), w**5, gap * scale  # heavy tails: Newton takes more turns than it ever does for a network
-    t[:10, :15], t[10:20, :15], w[5:30:2, ::3], w[3], gap[7] = 0, 1, 0, 0, 0  # no room, no direction, nothing to do
+    t, w, gap = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((40, 900), (40, 900), (40,)))
+    t, w, gap = t.sigmoid(), w**5, gap * 30 * scale  # heavy tails: more turns of Newton than a network ever takes
+    t[:10, :450], t[10:20, :450], w[5:30:2, ::3], w[3], gap[7] = 0, 1, 0, 0, 0  # no room, no direction, nothing to do
+    gap[30:] = 0.9999 * (w.abs() * torch.where(w > 0, t, 1 - t)).sum(1)[30:]  # nearly all of the room
     direction = -(w * gap[:, None]).sign()
     room, low, high = torch.where(direction > 0, 1 - t, t), torch.zeros(40, 1), torch.ones(40, 1)
     for _ in range(100):
@@ -1126,15 +1130,39 @@ def test_a_network_that_only_steers_decides_nothing(foreign):
     assert counted == (robust(foreign, x, y) & ~robust(foreign, lied, y)).sum() < (robust(foreign, x, y) & ~want).sum()
 
 
+def test_every_lane_draws_its_own_noise_and_ends_with_an_exact_look_at_its_best_point(foreign, monkeypatch):
+    (x, y), keys, said, start, fooled = blobs(40), [], [], ltsd.APGD.start, ltsd.is_fooled
+    monkeypatch.setattr(ltsd.APGD, "start", lambda self, lane: keys.extend(lane["key"].tolist()) or start(self, lane))
+    claims = lambda logits, y: fooled(logits, y) & (logits.data_ptr() != said[-1].data_ptr())  # noqa: E731
+    monkeypatch.setattr(ltsd, "is_fooled", claims)  # what steers never claims
+    for name in ltsd.AUTOATTACK:
+        options = QUICK | dict(queries=300, nets=(lambda z: said.append(foreign(z)) or said[-1], foreign))
+        assert not torch.equal(ltsd.autoattack(foreign, x, y, attacks=(name,), **options), x), name
+    assert len({*keys}) == len(keys) > 100
+
+
+def test_a_fab_step_by_its_formula():
+    model, x0, zero = Linear().double(), torch.rand(8, 1, 4, 4).double(), torch.zeros(8, dtype=torch.int64)
+    attack, z, w = ltsd.FAB(model, 0.3, 9, 1), (x0 + 0.1 * torch.randn(8, 1, 4, 4)).clamp(0, 1), model.weight.detach()
+    w, lane = (w[1] - w[0]).expand(8, 16), dict(x0=x0, y=zero, target=zero + 1)
+    attack.start(lane)
+    lane["z"], ends = z, [z.flatten(1), x0.flatten(1)]
+    steps = [ltsd.project_linf(end, w, (end * w).sum(1)) for end in ends]
+    near, far = (step.abs().amax(1, keepdim=True) for step in steps)
+    alpha, (z, x0) = (near / (near + far)).clamp(max=0.1), (end + 1.05 * step for end, step in zip(ends, steps))
+    want = ((1 - alpha) * z + alpha * x0).clamp(0, 1)
+    back = torch.where((want * w).sum(1, keepdim=True) > 0, ends[1] + 0.9 * (want - ends[1]), want)
+    assert torch.allclose(attack.advance(lane)[0].flatten(1), want) and not torch.equal(back, want)
+    assert torch.allclose(lane["z"].flatten(1), back)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ltsd.AUTOATTACK)
 def test_a_low_precision_copy_steers_to_the_same_verdicts(trained, name, dtype):
     model, x, y = trained
     exact, quick = ltsd.FrozenCopy(model), QUICK | dict(eps=8 / 255, attacks=(name,))
-    want, got = (
-        robust(exact, ltsd.autoattack(exact, x, y, nets=(steer, exact), **quick), y)
-        for steer in (exact, ltsd.FrozenCopy(model, dtype))
-    )
+    steers = exact, ltsd.FrozenCopy(model, dtype)
+    want, got = (robust(exact, ltsd.autoattack(exact, x, y, nets=(net, exact), **quick), y) for net in steers)
     assert (want != got).sum() <= 1 and want.sum() < robust(exact, x, y).sum() - 4
 
 
@@ -1146,9 +1174,8 @@ def test_fp16_attacks_keep_the_sign_of_tiny_gradients():
     threat = dict(eps=0.1, step_size=0.05, steps=1, init="none")
     nets = [ltsd.FrozenCopy(model, dtype) for dtype in (torch.float32, torch.float16)]
     (exact, half), loss = (ltsd.pgd_attack(net, x, y, **threat) for net in nets), nn.CrossEntropyLoss(reduction="none")
-    _, _, gradient = ltsd.input_gradient(nets[0], x, lambda logits: loss(logits, y))
+    gradient, low = (ltsd.input_gradient(net, x, lambda logits: loss(logits, y))[2] for net in nets)
     assert gradient.abs().max() < 1e-6 and (exact != x).all() and (half == exact).float().mean() > 0.99
-    _, _, low = ltsd.input_gradient(nets[1], x, lambda logits: loss(logits, y))
     assert (low.sign() == gradient.sign()).float().mean() > 0.98
 
 
@@ -1418,9 +1445,7 @@ def test_a_damaged_file_is_named_in_one_line(name, copied_run, tmp_path, capsys)
 
 # Checks after each step that the weights agree, and that the gradient is the mean of the shares' own.
 RANK_PROGRAM = """
-import copy, sys
-import torch
-import ltsd
+import copy, sys, torch, ltsd
 
 outer_step, close = ltsd.outer_step, torch.testing.assert_close
 
