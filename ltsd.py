@@ -1501,9 +1501,9 @@ def autoattack(
     int64 [N], the points' numbers in the random draws (default 0 .. N-1): results do not depend on batch_size. state: a
     mutable mapping; state[attack] is set when that attack has ended and used when the same call is made again (that it
     is the same is the caller's care). nets: (steer, exact), the forwards that move images and that decide, by default
-    scoring_nets(model); FAB, which lives on small differences of logits, is never moved by bfloat16. Fewer than 10
-    classes: as many targets as there are; fewer than 4: APGD-T climbs z_target - z_y, as DLR needs 4. ValueError for
-    bad input."""
+    scoring_nets(model); FAB and Square, which live on small differences of logits, are never moved by bfloat16. Fewer
+    than 10 classes: as many targets as there are; fewer than 4: APGD-T climbs z_target - z_y, as DLR needs 4.
+    ValueError for bad input."""
     check_images(x, y, FLOATS)
     if not 0 <= eps <= 1 or min(batch_size, iterations, queries, targets) < 1 or not set(attacks) <= set(AUTOATTACK):
         raise ValueError(f"eps {eps}, attacks {attacks}: want eps in [0,1], counts >= 1, attacks from {AUTOATTACK}")
@@ -1524,7 +1524,7 @@ def autoattack(
         # column 0 is y itself, then come its rivals in the order of the clean logits
         order = logits.scatter(1, y[:, None], math.inf).argsort(1, descending=True)
         robust = (logits.argmax(1) == y).cpu()
-        log(f"clean     points {int(robust.sum())}  accuracy {100 * robust.double().mean():.2f} %")
+        log(f"clean     right {robust.sum()}, {100 * robust.double().mean():.2f} %")
 
         def make_lane(rows, nth):  # nth: which target
             key = hash64(hash64(hash64(hash64(number) + index[rows]) + nth))
@@ -1533,11 +1533,12 @@ def autoattack(
             return {"key": key, "step": step, "x0": x[rows], "y": y[rows], "target": target}
 
         targets, climb = min(targets, classes - 1), targeted_dlr if classes >= 4 else logit_gap
+        fine = exact if getattr(steer, "dtype", 0) == torch.bfloat16 else steer
         made = {
             "apgd-ce": APGD(steer, eps, iterations, lambda z, lane: F.cross_entropy(z, lane["y"], reduction="none")),
             "apgd-t": APGD(steer, eps, iterations, climb, targets),
-            "fab-t": FAB(exact if getattr(steer, "dtype", 0) == torch.bfloat16 else steer, eps, iterations, targets),
-            "square": Square(steer, eps, queries),
+            "fab-t": FAB(fine, eps, iterations, targets),
+            "square": Square(fine, eps, queries),
         }
         for name in attacks:
             if name not in state:
@@ -1548,8 +1549,7 @@ def autoattack(
             if len(found["rows"]):
                 robust[found["rows"]] = False
                 x_adv[found["rows"].to(x.device)] = found["images"].to(x.device)
-            share, took = 100 * robust.double().mean(), found["seconds"]
-            log(f"{name:9s} points {int(robust.sum())}  robust {share:.2f} %  {took:.1f} s")
+            log(f"{name:9} robust {robust.sum()}, {100 * robust.double().mean():.2f} %, {found['seconds']:.1f} s")
         if "square" in attacks[1:] and len(state["square"]["rows"]) > max(1, 0.002 * len(x)):
             warnings.warn("autoattack: Square fooled what the gradient attacks missed: are they masked?", stacklevel=2)
     return x_adv

@@ -816,6 +816,7 @@ def trained(tmp_path_factory):
 
 KINDS = {(row.objective, row.init, row.low_precision): name for name, row in ltsd.METHODS.items() if row.objective}
 QUICK = dict(eps=12 / 255, iterations=8, queries=30)
+LOW = [*itertools.product(ltsd.AUTOATTACK, [torch.float16]), ("apgd-ce", torch.bfloat16), ("apgd-t", torch.bfloat16)]
 # points, and by how many the official result itself differs from seed to seed
 PARITY = [("apgd-ce", 256, 4), ("apgd-t", 128, 1), ("fab-t", 96, 1), ("square", 128, 4), ("all", 64, 1)]
 ROWS = {
@@ -1156,8 +1157,7 @@ def test_a_fab_step_by_its_formula():
     assert torch.allclose(lane["z"].flatten(1), back)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ltsd.AUTOATTACK)
+@pytest.mark.parametrize("name, dtype", LOW)
 def test_a_low_precision_copy_steers_to_the_same_verdicts(trained, name, dtype):
     model, x, y = trained
     exact, quick = ltsd.FrozenCopy(model), QUICK | dict(eps=8 / 255, attacks=(name,))
