@@ -681,7 +681,6 @@ def test_a_captured_attack_reads_the_newest_inputs_and_keeps_its_graph(monkeypat
 
 
 def test_a_captured_optimiser_step_trains_as_the_plain_one(tmp_path, monkeypatch):
-    """The double again: weights, momentum, learning rate, alpha and the last, smaller batch all reach it."""
     captured, parts = [], lambda result: result if isinstance(result, tuple) else (result,)
 
     def capture(fn, buffers):
@@ -777,7 +776,6 @@ def test_degenerate_attacks(foreign):
     assert ltsd.pgd_attack(Linear(), dense[:0], y[:0], **threat).shape == (0, 1, 4, 4)
     x, right = blobs(12)[0], foreign(blobs(12)[0]).argmax(1)
     assert ltsd.autoattack(foreign, x[:0], right[:0]).shape == (0, 3, 12, 12)
-    assert ltsd.autoattack(foreign, x[:1], right[:1], **QUICK).shape == (1, 3, 12, 12)
     assert torch.equal(ltsd.autoattack(foreign, x, (right + 1) % 10, **QUICK), x)  # all wrong
     assert torch.equal(ltsd.autoattack(foreign, x, right, **QUICK | dict(eps=0)), x)  # all robust
 
@@ -1110,6 +1108,7 @@ def test_fooled_images_fool_and_the_rest_are_unchanged(trained):
     kept = robust(net, x_adv, y)
     assert torch.equal(x_adv[kept], x[kept]) and 0 < kept.sum() < robust(net, x, y).sum()
     assert (x_adv - x).abs().max() <= QUICK["eps"] + 1e-7 and x_adv.min() >= 0 and x_adv.max() <= 1
+    assert ltsd.autoattack(net, x.double(), y, batch_size=16, **QUICK).dtype == torch.float64  # logits are float32
     assert [line.split()[0] for line in lines] == ["clean", *ltsd.AUTOATTACK]
     shares = [float(line.split(" %")[0].split()[-1]) for line in lines]
     assert shares == sorted(shares)[::-1] and shares[-1] == pytest.approx(100 * kept.double().mean().item(), abs=0.006)
@@ -1177,6 +1176,10 @@ def test_fp16_attacks_keep_the_sign_of_tiny_gradients():
     gradient, low = (ltsd.input_gradient(net, x, lambda logits: loss(logits, y))[2] for net in nets)
     assert gradient.abs().max() < 1e-6 and (exact != x).all() and (half == exact).float().mean() > 0.99
     assert (low.sign() == gradient.sign()).float().mean() > 0.98
+    with torch.no_grad():
+        model.conv1.weight.mul_(1e9)  # beyond float16, harmless in float32
+    with pytest.warns(UserWarning, match="overflows"):
+        assert ltsd.checked(nets[1].refresh(), nets[0].refresh(), x, y) == (nets[0], nets[0])
 
 
 def test_the_bench_writes_its_schema(tmp_path, monkeypatch, capsys):
@@ -1368,7 +1371,6 @@ def test_a_process_killed_again_and_again_ends_bit_identical(whole_run, tmp_path
 def test_learning_rates():
     rates = {1: 0.1, 75: 0.1, 76: 0.01, 90: 0.01, 91: 0.001, 100: 0.001}
     assert {e: round(ltsd.lr_at(e, 100, 0.1), 9) for e in rates} == rates
-    assert [round(ltsd.lr_at(e, 120, 1.0, (74 / 120, 1)), 9) for e in (74, 75, 120)] == [1, 0.1, 0.1]
 
 
 def test_stages_run_alone_and_what_is_done_is_not_repeated(whole_run, tmp_path, capsys, monkeypatch):
@@ -1632,7 +1634,6 @@ def test_a_report_has_mean_and_deviation_over_seeds_and_the_papers_values_below(
     assert table[2] == [ours, "best (epoch 99)", "46.35 ± 0.27", "20.00 ± 0.00", "30.00 ± 0.00", "12.00 ± 1.58"]
     assert table[3] == ["", "paper", "46.13", "22.42", "38.90", "17.90"]
     assert table[4] == ["", "gap", "+0.22", "-2.42", "-8.90", "-5.90"]
-    assert table[5][:3] == [ours, "last (epoch 100)", "46.35 ± 0.27"]
     assert table[6][1:3] == ["paper", "47.22"] and table[7][1:3] == ["gap", "-0.87"]
     assert table[8:] == [[one, at, "1.00", "2.00", "3.00", "4.00"] for at in ("best (epoch 99)", "last (epoch 100)")]
 
