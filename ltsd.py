@@ -1126,7 +1126,8 @@ class Net(nn.Sequential):
         *body, head = self.children()
         for module in body:
             x = module(x)
-        features = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # x.mean((2, 3)) with a gradient that stays channels_last
+        features = pixels.mean(1, dtype=torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
             logits = head(features)
         return (logits, features) if with_features else logits
