@@ -5,7 +5,7 @@ adversarially trained *self-teacher* is fitted on a class-balanced resample D_B 
 trained adversarially on all of D with balanced softmax, distils from it. Section 3 is the method; `_ltsd` its loss.
 
     python ltsd.py --data synthetic                        # the whole pipeline on made-up images, on a CPU
-    python ltsd.py --data cifar100 --ir 10 --stage all     # the paper's Table 2: teacher, student, evaluation
+    python ltsd.py --data cifar100 --ir 10 --stage all     # a row of the paper's Table 2: teacher, student, evaluation
     python ltsd.py --data folder --data-dir DIR --ir 50    # your images: DIR/train/CLASS/*, DIR/test/CLASS/*
     torchrun --nproc-per-node 4 ltsd.py ...                # any of them on four GPUs of this machine
 
@@ -879,8 +879,8 @@ def long_tail_counts(n_max, num_classes, ir) -> list:
 
 
 def long_tail_indices(labels, counts) -> np.ndarray:
-    """Positions of the long-tailed subset, class by class: the very images that RoBal, REAT and AT-BSL use. labels: int
-    array [N]; counts: images wanted per class. NumPy's legacy generator, seeded 0, shuffles each class's ascending
+    """Positions of the long-tailed subset, class by class: on CIFAR the very images of RoBal, REAT and AT-BSL. labels:
+    int array [N]; counts: images wanted per class. NumPy's legacy generator, seeded 0, shuffles each class's ascending
     positions in turn; the first n_c stay. Returns int64 [sum(counts)] and touches no global generator. ValueError where
     a class has too few images."""
     labels, rng, chosen = np.asarray(labels), np.random.RandomState(0), [np.empty(0, np.int64)]
@@ -2037,7 +2037,7 @@ def table(runs) -> str:
     tails = {f"{len(data['tail_classes'])} of {len(data['classes'])} ({cfg.data})" for cfg, _, _, data in runs}
     threats = ", ".join(sorted({f"{cfg.eval_eps:g}/255" for cfg, *_ in runs}))
     note = f"In %; eps {threats}. T-: the rarest classes, {', '.join(sorted(tails))}. best: highest PGD accuracy"
-    note += " (natural: clean) in the last quarter of the epochs, chosen on the test set as the baselines do."
+    note += " (natural: clean) in the last quarter of the epochs, chosen on the test set, as AT-BSL does."
     return "\n".join([*markdown(rows), "", note])
 
 
@@ -2107,14 +2107,14 @@ def report_figures(settings, folder):
                 ax.annotate(s.label(*shared, "seed"), (x[0], y[0]), (7, 5), textcoords="offset points", fontsize=9)
             if paper.get(a) and paper.get(b):
                 plot(ax, i, s, [paper[a]], [(paper[b], 0)], ls="none", mfc="none", zorder=1)
-        ax.set(xlabel=f"{COLUMNS[a]} accuracy (%)", ylabel=f"{COLUMNS[b]} accuracy (%)", xmargin=0.2)
+        ax.set(xlabel=f"{COLUMNS[a]} accuracy (%)", ylabel=f"{COLUMNS[b]} accuracy (%)", xmargin=0.5)
 
     def classes(ax):
         for i, s in enumerate(settings):
             runs = [run["best"][f"class_{robust}"] for run in s.runs if f"class_{robust}" in run.get("best", {})]
             groups = np.array([[part.mean() for part in np.array_split(run, min(10, len(run)))] for run in runs])
             stats = [(column.mean(), column.std(ddof=int(len(runs) > 1))) for column in groups.T]
-            plot(ax, i, s, range(1, len(stats) + 1), stats, label=s.label(*shared))
+            plot(ax, i, s, range(1, len(stats) + 1), stats, label=s.label(*shared), ls=("-", "--", ":", "-.")[i % 4])
         ax.set(xlabel="group of classes, most to least frequent", ylabel=f"{COLUMNS[robust]} accuracy (%)")
 
     def sweep(ax, key, families, tail):
@@ -2338,7 +2338,7 @@ def stage_bench(cfg):
 EXAMPLES = """examples:
   python ltsd.py --data synthetic                                   try it, on a CPU
   python ltsd.py --data cifar100 --ir 10 --stage all                the paper's command
-  python ltsd.py --data cifar10 --method all --figures figures      Table 1 and Figure 1
+  python ltsd.py --data cifar10 --method all --figures figures      Table 1
   python ltsd.py --stage report 'runs/*'                            one table of all runs"""
 
 
