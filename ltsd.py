@@ -6,7 +6,9 @@ trained adversarially on all of D with balanced softmax, distils from it. Sectio
 
     python ltsd.py --data synthetic                        # the whole pipeline on made-up images, on a CPU
     python ltsd.py --data cifar100 --ir 10 --stage all     # a row of the paper's Table 2: teacher, student, evaluation
+    python ltsd.py --data cifar10 --method all             # Table 1: every method, one table
     python ltsd.py --data folder --data-dir DIR --ir 50    # your images: DIR/train/CLASS/*, DIR/test/CLASS/*
+    python ltsd.py --stage report 'runs/*'                 # a table of what there is
     torchrun --nproc-per-node 4 ltsd.py ...                # any of them on four GPUs of this machine
 
 Sections: 1 setup, 2 config, 3 the method, 4 step and attack, 5 training, 6 data, 7 models, 8 autoattack, 9 evaluation,
@@ -65,7 +67,6 @@ try:
 except ImportError:  # Windows: no lock on run folders there
     fcntl = None
 
-SYNC_EVERY = 50  # training steps between two reads of device-side values
 EVAL_BATCH = 500  # images scored at once
 AUGMENT_GROUPS = 512  # independent draws of an augmentation policy in an epoch
 AMP_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
@@ -225,8 +226,7 @@ def teacher_task(cfg, data):
     ratio = data.counts[0] / data.counts[-1] if cfg.ir is None else cfg.ir
     gamma = max(1.0, ratio / 2) if cfg.gamma is None else cfg.gamma
     per_class = max(1, math.floor(gamma * min(data.counts)))
-    drawn = balanced_indices(data.train_labels.cpu(), per_class, derive_seed(cfg.seed, "balanced"))
-    drawn = torch.from_numpy(drawn).to(data.train_labels.device)
+    drawn = torch.from_numpy(balanced_indices(data.train_labels.cpu(), per_class, derive_seed(cfg.seed, "balanced")))
     images, labels = data.train_images[drawn], data.train_labels[drawn]
     return cfg, replace(data, train_images=images, train_labels=labels, counts=[per_class] * len(data.counts))
 
@@ -801,7 +801,8 @@ def train(name, cfg, data, run, teacher=None) -> nn.Module:
             sums += torch.stack([loss * len(y), (guess == y).sum()])
             predicted.index_add_(0, guess, torch.ones_like(guess, dtype=predicted.dtype))
             seen = min(step * cfg.batch_size, len(order))
-            if step % SYNC_EVERY == 0 or step == steps or (epoch == first and step in (1, 5)):
+            # seldom: to read what the device has summed up is to wait for it
+            if step % 50 == 0 or step == steps or (epoch == first and step in (1, 5)):
                 total, hits = map(sum, zip(*gather(sums.tolist())))
                 if not math.isfinite(total):  # a NaN stays in a sum
                     where = f"{name}, epoch {epoch}, up to step {step}"
@@ -1205,16 +1206,15 @@ def load_weights(model, path):
 
 # 8  AutoAttack ========================================================================================================
 # Own code from the papers: arXiv 2003.01690 (APGD), 1907.02044 (FAB), 1912.00049 (Square); maximum norm only.
-# An attack is a small class: the `net` that it moves images by, its `targets` (how often a point may be tried, at most
-# classes - 1), the `evaluations` that end a lane, start(lane) and advance(lane) -> (scored images, bool: which of them
-# fool). A lane is one job (point, target): row i of every tensor in the dict `lane`, with its own counter
+# An attack is a small class: the `net` that says whether an image fools, its `targets` (how often a point may be tried,
+# at most classes - 1), the `evaluations` that end a lane, start(lane) and advance(lane) -> (scored images, bool: which
+# of them fool). A lane is one job (point, target): row i of every tensor in the dict `lane`, with its own counter
 # lane["step"][i]; make_lane gives key (of the random draws), step, x0, y, target, and start adds its own, among them
-# "best", the most promising image. run_lanes() owns the batch, has every success confirmed by the exact network and
-# gives a lane that fails a last look at its best. A lane that ends is refilled at once, so that the batch stays full
-# until the jobs run out; then it shrinks. A fifth attack: append its name, whose place seeds its draws, and add it to
-# `made` in autoattack().
+# "best", the most promising image. run_lanes() owns the batch; where `net` is not the exact network, it has every
+# success confirmed by that one and gives a lane that fails a last look at its best. A lane that ends is refilled at
+# once, so that the batch stays full until the jobs run out; then it shrinks. A fifth attack: append its name, whose
+# place seeds its draws, and add it to `made` in autoattack().
 AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
-NEWTON_TURNS = 16  # of FAB's projection; made-up heavy-tailed gradients took 14 at the most
 FLOATS = (torch.float32, torch.float64)
 
 
@@ -1291,10 +1291,9 @@ class APGD:
         noise = (random_bits(lane["key"], x0[0].numel()) >> 40 & 0xFFFFFF).to(x0.dtype) * 2**-23 - 1
         noise /= noise.abs().amax(1, keepdim=True) + 1e-12  # at least one pixel on the face of the ball
         z, row = (x0 + self.eps * noise.view(x0.shape)).clamp_(0, 1), x0.new_zeros(len(x0))
-        lane |= {"low": (x0 - self.eps).clamp_(min=0), "high": (x0 + self.eps).clamp_(max=1)}
-        lane |= {"z": z, "before": z, "best": z, "best_gradient": torch.zeros_like(x0)}
-        lane |= {"best_loss": row - math.inf, "last_loss": row + math.inf, "loss_at_check": row}
-        lane |= {"rises": row, "size": row + 2 * self.eps, "halved": row == 0}
+        lane |= dict(low=(x0 - self.eps).clamp_(min=0), high=(x0 + self.eps).clamp_(max=1))
+        lane |= dict(z=z, before=z, best=z, best_gradient=torch.zeros_like(x0), rises=row, halved=row == 0)
+        lane |= dict(best_loss=row - math.inf, last_loss=row + math.inf, loss_at_check=row, size=row + 2 * self.eps)
         lane["interval"] = lane["check"] = torch.full_like(lane["y"], self.first)
 
     def advance(self, lane):
@@ -1333,7 +1332,7 @@ def project_linf(t, w, gap):
     room = torch.where(down > 0, t, 1 - t)
     full = weight * room
     length = need / weight.sum(1).clamp_min(1e-30)
-    for _ in range(NEWTON_TURNS):
+    for _ in range(16):  # made-up heavy-tailed gradients took 14 at the most
         free = room.clone().gt_(length[:, None])  # 1.0 or 0.0: on a CPU a mask of bools is several times slower
         longer = (need - (full * (1 - free)).sum(1)) / (weight * free).sum(1).clamp_min(1e-30)
         length, shorter = torch.maximum(length, longer), length
@@ -1345,12 +1344,19 @@ def project_linf(t, w, gap):
 class FAB:
     """Targeted FAB (1907.02044): step onto the linearised boundary to the target, drawn to the clean point. Two
     forwards and one backward an iteration: a crossing, in about nine of ten, moves the point, whose score cannot be
-    used again."""
+    used again. far: a faster network, by default `net`, for points more than NEAR eps from their clean ones: only in
+    the ball is success decided."""
 
-    ALPHA_MAX, ETA, BETA = 0.1, 1.05, 0.9
+    ALPHA_MAX, ETA, BETA, NEAR = 0.1, 1.05, 0.9, 1.5
 
-    def __init__(self, net, eps, iterations, targets):
-        self.net, self.eps, self.targets, self.evaluations = net, eps, targets, iterations
+    def __init__(self, net, eps, iterations, targets, far=None):
+        self.net, self.eps, self.targets, self.evaluations, self.far = net, eps, targets, iterations, far or net
+
+    def look(self, lane, z):
+        """Logits of z, each row by `net` or by `far`; gradients pass."""
+        near = (z - lane["x0"]).abs().flatten(1).amax(1) <= self.NEAR * self.eps
+        logits = torch.cat([self.net(z[near]), self.far(z[~near])])
+        return logits[(~near).int().argsort(stable=True).argsort()]
 
     def start(self, lane):
         lane |= {"z": lane["x0"], "best": lane["x0"], "margin": lane["x0"].new_full((len(lane["x0"]),), math.inf)}
@@ -1358,7 +1364,8 @@ class FAB:
     def advance(self, lane):
         """-> (scored images, bool: which of them fool)."""
         x0, z = lane["x0"], lane["z"]
-        _, gap, gradient = input_gradient(self.net, z, lambda logits: logit_gap(logits, lane))
+        net = self.net if self.far is self.net else functools.partial(self.look, lane)
+        _, gap, gradient = input_gradient(net, z, lambda logits: logit_gap(logits, lane))
         w = gradient.flatten(1).nan_to_num_(0, 0, 0)
         gap_at_x0 = gap + (w * (x0 - z).flatten(1)).sum(1)
         both = project_linf(torch.cat([z, x0]).flatten(1), w.repeat(2, 1), torch.cat([gap, gap_at_x0]))
@@ -1366,7 +1373,7 @@ class FAB:
         reach = both.abs().amax(1).clamp_min_(1e-8).view(2, -1)
         alpha = image_like((reach[0] / (reach[0] + reach[1])).clamp_(max=self.ALPHA_MAX), z)
         z = ((z + self.ETA * from_z) * (1 - alpha) + (x0 + self.ETA * from_x0) * alpha).clamp_(0, 1)
-        logits, inside = self.net(z), (z - x0).abs().flatten(1).amax(1) <= self.eps
+        logits, inside = net(z), (z - x0).abs().flatten(1).amax(1) <= self.eps
         crossed, value = is_fooled(logits, lane["y"]), margin(logits, lane["y"])
         replace_rows(lane, inside & (value < lane["margin"]), margin=value, best=z)
         lane["z"] = torch.where(image_like(crossed, z), x0 + self.BETA * (z - x0), z)
@@ -1374,12 +1381,13 @@ class FAB:
 
 
 class Square:
-    """Square attack: random search over squares whose side follows a schedule; values only, no gradient."""
+    """Square attack: random search over squares whose side follows a schedule; values only, no gradient. sieve: a
+    faster network, by default `net`; where it finds an image no better than the best, `net` does not look at it."""
 
     HALVE_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
-    def __init__(self, net, eps, queries):
-        self.net, self.eps, self.targets, self.evaluations = net, eps, 1, queries + 1
+    def __init__(self, net, eps, queries, sieve=None):
+        self.net, self.eps, self.targets, self.evaluations, self.sieve = net, eps, 1, queries + 1, sieve or net
 
     def start(self, lane):
         x0 = lane["x0"]
@@ -1387,19 +1395,23 @@ class Square:
         low, high = (x0 - self.eps).clamp_(min=0), (x0 + self.eps).clamp_(max=1)
         stripes = random_bits(lane["key"], channels * width).view(n, channels, 1, width) < 0
         lane |= {"low": low, "high": high, "z": torch.where(stripes, low, high)}
-        lane |= {"best": x0, "margin": x0.new_full((n,), math.inf)}
+        lane |= dict(best=x0, margin=x0.new_full((n,), math.inf), sieved=x0.new_full((n,), math.inf))
         halvings = torch.bucketize(torch.arange(self.evaluations), torch.tensor(self.HALVE_AFTER))
         sides = (0.8 * height * width / 2 ** halvings.double()).sqrt().round().clamp(1, min(height, width))
         self.sides = sides.long().to(x0.device)  # at each step
 
     def advance(self, lane):
         """-> (scored images, bool: which of them fool)."""
-        z = lane["z"]
-        logits = self.net(z)
-        value = margin(logits, lane["y"])
-        replace_rows(lane, value < lane["margin"], margin=value, best=z)
+        z, y = lane["z"], lane["y"]
+        logits = self.sieve(z)
+        sieved = margin(logits, y)
+        passed = sieved < lane["sieved"]
+        if self.sieve is not self.net:  # one image in twenty
+            logits[passed] = self.net(z[passed])
+        value = margin(logits, y)
+        replace_rows(lane, passed & (value < lane["margin"]), margin=value, sieved=sieved, best=z)
         lane["z"] = self.propose(lane)
-        return z, is_fooled(logits, lane["y"])
+        return z, passed & is_fooled(logits, y)
 
     def propose(self, lane):
         """The best image with one square recoloured, each channel to one of its two bounds: from the stripes on, every
@@ -1498,14 +1510,14 @@ def autoattack(
 ) -> torch.Tensor:  # fmt: skip
     """AutoAttack standard in the maximum norm (Croce & Hein 2020): each attack runs on the points that survived those
     before it. model: nn.Module, [N,C,H,W] in [0,1] -> logits [N,classes]; run in eval mode and left as it was. x:
-    float32 or float64; y: int64 [N]; same device. Returns x_adv like x: a fooled point carries its adversarial image,
-    any other is unchanged. log: called with one line of text at a time. iterations: of APGD and FAB, per target. index:
-    int64 [N], the points' numbers in the random draws (default 0 .. N-1). Draws, and on a CPU results, do not depend on
-    batch_size. state: a mutable mapping; state[attack] is set when that attack has ended and used when the same call is
-    made again (that it is the same is the caller's care). nets: (steer, exact), the forwards that move images and that
-    decide, by default scoring_nets(model); FAB and Square, which live on small differences of logits, are never moved
-    by bfloat16. Fewer than 10 classes: as many targets as there are; fewer than 4: APGD-T climbs z_target - z_y, as DLR
-    needs 4. ValueError for bad input."""
+    float32 or float64; y: int64 [N]; same device. Returns x_adv like x: a fooled point carries its adversarial
+    image, any other is unchanged. log: called with one line of text at a time. iterations: of APGD and FAB, per
+    target. index: int64 [N], the points' numbers in the random draws (default 0 .. N-1). Draws, and on a CPU
+    results, do not depend on batch_size. state: a mutable mapping; state[attack] is set when that attack has ended
+    and used when the same call is made again (that it is the same is the caller's care). nets: (steer, exact), the
+    forwards that move images and that decide, by default scoring_nets(model); a bfloat16 steer moves FAB only far
+    from the ball and is Square's sieve, as both live on small differences of logits. Fewer than 10 classes: as many
+    targets as there are; fewer than 4: APGD-T climbs z_target - z_y, as DLR needs 4. ValueError for bad input."""
     check_images(x, y, FLOATS)
     if not 0 <= eps <= 1 or min(batch_size, iterations, queries, targets) < 1 or not set(attacks) <= set(AUTOATTACK):
         raise ValueError(f"eps {eps}, attacks {attacks}: want eps in [0,1], counts >= 1, attacks from {AUTOATTACK}")
@@ -1540,8 +1552,8 @@ def autoattack(
         made = {
             "apgd-ce": APGD(steer, eps, iterations, lambda z, lane: F.cross_entropy(z, lane["y"], reduction="none")),
             "apgd-t": APGD(steer, eps, iterations, climb, targets),
-            "fab-t": FAB(fine, eps, iterations, targets),
-            "square": Square(fine, eps, queries),
+            "fab-t": FAB(fine, eps, iterations, targets, steer),
+            "square": Square(fine, eps, queries, steer),
         }
         for name in attacks:
             if name not in state:
@@ -2335,13 +2347,6 @@ def stage_bench(cfg):
 
 
 # 13  Command line =====================================================================================================
-EXAMPLES = """examples:
-  python ltsd.py --data synthetic                                   try it, on a CPU
-  python ltsd.py --data cifar100 --ir 10 --stage all                the paper's command
-  python ltsd.py --data cifar10 --method all --figures figures      Table 1
-  python ltsd.py --stage report 'runs/*'                            one table of all runs"""
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its usage too; one line is enough
         raise UserError(message)
@@ -2373,7 +2378,8 @@ def _value(f, text):
 def parse_args(argv=None) -> Config:
     """Read the command line (default ``sys.argv[1:]``) into a Config; UserError for a value that no flag can have. A
     field given several comma-separated values holds a tuple; `expand` makes the product."""
-    parser_options = dict(epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    examples = "examples:\n" + __doc__.split("\n\n")[2]
+    parser_options = dict(epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser = group = _Parser("ltsd.py", "ltsd.py [options] [RUN ...]", __doc__.split("\n\n")[0], **parser_options)
     for f in fields(Config):
         group = parser.add_argument_group(f.metadata["group"]) if "group" in f.metadata else group
@@ -2452,9 +2458,8 @@ def tune_process(cfg):
         torch.cuda.set_device(torch.device(cfg.device).index or 0)
     elif sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: no mapping of its own below a GiB
-            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: give nothing back
+            ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: no mapping of its own below a GiB
+            ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: give nothing back
 
 
 def run_one(cfg, argv):

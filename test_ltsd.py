@@ -134,9 +134,8 @@ def test_every_setting_has_the_papers_default_a_flag_that_sets_it_and_a_place_in
     text = capsys.readouterr().out
     assert re.findall(r"^(\w+):$", text, re.M)[-7:] == "what method optimiser threat machine run examples".split()
     assert not [shown for shown in [*flags.values(), "RUN"] if not re.search(rf"^  {shown}\b(?!-)", text, re.M)]
-    for line in text.rstrip().split("\n")[-4:]:
-        python, script, *argv = shlex.split(re.split(r"\s{2,}", line.strip())[0])
-        assert (python, script) == ("python", "ltsd.py") and configs_of(*argv)
+    examples = re.findall(r"^ +python ltsd\.py (.*?) +#", text, re.M)
+    assert len(examples) == 5 and all(configs_of(*shlex.split(line)) for line in examples)
     for data, own in DATA_DEFAULTS:
         (cfg,) = configs_of("--data", data)
         assert {k: getattr(cfg, k) for k in PAPERS | own} == PAPERS | own, data
@@ -812,7 +811,6 @@ def trained(tmp_path_factory):
 
 KINDS = {(row.objective, row.init, row.low_precision): name for name, row in ltsd.METHODS.items() if row.objective}
 QUICK = dict(eps=12 / 255, iterations=8, queries=30)
-LOW = [*itertools.product(ltsd.AUTOATTACK, [torch.float16]), ("apgd-ce", torch.bfloat16), ("apgd-t", torch.bfloat16)]
 # points, and by how many the official result itself differs from seed to seed
 PARITY = [("apgd-ce", 256, 4), ("apgd-t", 128, 1), ("fab-t", 96, 1), ("square", 128, 4), ("all", 64, 1)]
 ROWS = {
@@ -1117,15 +1115,17 @@ def test_fooled_images_fool_and_the_rest_are_unchanged(trained):
 
 
 def test_a_network_that_only_steers_decides_nothing(foreign):
-    (x, y), quick = blobs(40), QUICK | dict(attacks=("apgd-ce", "apgd-t"))
-    want = robust(foreign, ltsd.autoattack(foreign, x, y, **quick), y)
-    coarse, state = copy.deepcopy(foreign).bfloat16(), {}
-    low = ltsd.autoattack(foreign, x, y, nets=(lambda z: coarse(z.bfloat16()).float(), foreign), **quick)
-    assert (robust(foreign, low, y) != want).sum() <= 1
-    lying = (lambda z: -foreign(z), foreign)  # claims that everything is fooled, and climbs the wrong way
-    lied = ltsd.autoattack(foreign, x, y, nets=lying, state=state, **quick)
-    counted = sum(len(found["rows"]) for found in state.values())
-    assert counted == (robust(foreign, x, y) & ~robust(foreign, lied, y)).sum() < (robust(foreign, x, y) & ~want).sum()
+    (x, y), coarse = blobs(40), copy.deepcopy(foreign).bfloat16()
+    right = functools.partial(robust, foreign, y=y)
+    want = right(ltsd.autoattack(foreign, x, y, **QUICK))
+    low = ltsd.autoattack(foreign, x, y, nets=(lambda z: coarse(z.bfloat16()).float(), foreign), **QUICK)
+    lying = nn.Identity()
+    lying.forward = lambda z: -foreign(z)  # claims that all is fooled, and climbs the wrong way
+    assert (right(low) != want).sum() <= 1
+    for lying.dtype in (torch.float32, torch.bfloat16):
+        lied = ltsd.autoattack(foreign, x, y, nets=(lying, foreign), state=(state := {}), **QUICK)
+        fooled = (right(x) & ~right(lied)).sum()
+        assert sum(len(found["rows"]) for found in state.values()) == fooled < (right(x) & ~want).sum()
 
 
 def test_every_lane_draws_its_own_noise_and_ends_with_an_exact_look_at_its_best_point(foreign, monkeypatch):
@@ -1155,7 +1155,7 @@ def test_a_fab_step_by_its_formula():
     assert torch.allclose(lane["z"].flatten(1), back)
 
 
-@pytest.mark.parametrize("name, dtype", LOW)
+@pytest.mark.parametrize("name, dtype", [*itertools.product(ltsd.AUTOATTACK, [torch.float16, torch.bfloat16])])
 def test_a_low_precision_copy_steers_to_the_same_verdicts(trained, name, dtype):
     model, x, y = trained
     exact, quick = ltsd.FrozenCopy(model), QUICK | dict(eps=8 / 255, attacks=(name,))
