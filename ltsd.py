@@ -801,7 +801,7 @@ def train(name, cfg, data, run, teacher=None) -> nn.Module:
             sums += torch.stack([loss * len(y), (guess == y).sum()])
             predicted.index_add_(0, guess, torch.ones_like(guess, dtype=predicted.dtype))
             seen = min(step * cfg.batch_size, len(order))
-            # seldom: to read what the device has summed up is to wait for it
+            # seldom: reading the device's sums waits for it
             if step % 50 == 0 or step == steps or (epoch == first and step in (1, 5)):
                 total, hits = map(sum, zip(*gather(sums.tolist())))
                 if not math.isfinite(total):  # a NaN stays in a sum
@@ -1229,8 +1229,8 @@ def hash64(z):
 
 def random_bits(key, count):
     """int64 [N] keys -> int64 [N, count] independent words."""
-    counter = torch.arange(1, count + 1, device=key.device) * -0x61C8864680B583EB  # splitmix64's increment
-    return hash64(hash64(key)[:, None] + counter)
+    # the number is splitmix64's increment
+    return hash64(hash64(key)[:, None] + torch.arange(1, count + 1, device=key.device) * -0x61C8864680B583EB)
 
 
 def image_like(rows, x):
@@ -1344,8 +1344,8 @@ def project_linf(t, w, gap):
 class FAB:
     """Targeted FAB (1907.02044): step onto the linearised boundary to the target, drawn to the clean point. Two
     forwards and one backward an iteration: a crossing, in about nine of ten, moves the point, whose score cannot be
-    used again. far: a faster network, by default `net`, for points more than NEAR eps from their clean ones: only in
-    the ball is success decided."""
+    used again. far: a faster network, by default `net`, for points more than NEAR eps from their clean ones: success
+    is decided inside the ball, so always by `net`."""
 
     ALPHA_MAX, ETA, BETA, NEAR = 0.1, 1.05, 0.9, 1.5
 
@@ -1353,13 +1353,13 @@ class FAB:
         self.net, self.eps, self.targets, self.evaluations, self.far = net, eps, targets, iterations, far or net
 
     def look(self, lane, z):
-        """Logits of z, each row by `net` or by `far`; gradients pass."""
+        """Logits of z: near rows by `net`, the others by `far`, in z's order; gradients pass."""
         near = (z - lane["x0"]).abs().flatten(1).amax(1) <= self.NEAR * self.eps
         logits = torch.cat([self.net(z[near]), self.far(z[~near])])
         return logits[(~near).int().argsort(stable=True).argsort()]
 
     def start(self, lane):
-        lane |= {"z": lane["x0"], "best": lane["x0"], "margin": lane["x0"].new_full((len(lane["x0"]),), math.inf)}
+        lane |= dict(z=lane["x0"], best=lane["x0"], margin=lane["x0"].new_full((len(lane["x0"]),), math.inf))
 
     def advance(self, lane):
         """-> (scored images, bool: which of them fool)."""
@@ -1394,8 +1394,8 @@ class Square:
         n, channels, height, width = x0.shape
         low, high = (x0 - self.eps).clamp_(min=0), (x0 + self.eps).clamp_(max=1)
         stripes = random_bits(lane["key"], channels * width).view(n, channels, 1, width) < 0
-        lane |= {"low": low, "high": high, "z": torch.where(stripes, low, high)}
-        lane |= dict(best=x0, margin=x0.new_full((n,), math.inf), sieved=x0.new_full((n,), math.inf))
+        lane |= dict(low=low, high=high, z=torch.where(stripes, low, high), best=x0)
+        lane["margin"] = lane["sieved"] = x0.new_full((n,), math.inf)
         halvings = torch.bucketize(torch.arange(self.evaluations), torch.tensor(self.HALVE_AFTER))
         sides = (0.8 * height * width / 2 ** halvings.double()).sqrt().round().clamp(1, min(height, width))
         self.sides = sides.long().to(x0.device)  # at each step
@@ -1404,14 +1404,15 @@ class Square:
         """-> (scored images, bool: which of them fool)."""
         z, y = lane["z"], lane["y"]
         logits = self.sieve(z)
-        sieved = margin(logits, y)
-        passed = sieved < lane["sieved"]
-        if self.sieve is not self.net:  # one image in twenty
-            logits[passed] = self.net(z[passed])
-        value = margin(logits, y)
-        replace_rows(lane, passed & (value < lane["margin"]), margin=value, sieved=sieved, best=z)
+        value = sieved = margin(logits, y)
+        if self.sieve is not self.net:  # about one image in twenty passes; the others' NaN neither lead nor fool
+            passed = sieved < lane["sieved"]
+            exact = self.net(z[passed])
+            logits = exact.new_full(logits.shape, math.nan).index_put_((passed,), exact)
+            value = margin(logits, y)
+        replace_rows(lane, value < lane["margin"], margin=value, sieved=sieved, best=z)
         lane["z"] = self.propose(lane)
-        return z, passed & is_fooled(logits, y)
+        return z, is_fooled(logits, y)
 
     def propose(self, lane):
         """The best image with one square recoloured, each channel to one of its two bounds: from the stripes on, every
@@ -1510,14 +1511,14 @@ def autoattack(
 ) -> torch.Tensor:  # fmt: skip
     """AutoAttack standard in the maximum norm (Croce & Hein 2020): each attack runs on the points that survived those
     before it. model: nn.Module, [N,C,H,W] in [0,1] -> logits [N,classes]; run in eval mode and left as it was. x:
-    float32 or float64; y: int64 [N]; same device. Returns x_adv like x: a fooled point carries its adversarial
-    image, any other is unchanged. log: called with one line of text at a time. iterations: of APGD and FAB, per
-    target. index: int64 [N], the points' numbers in the random draws (default 0 .. N-1). Draws, and on a CPU
-    results, do not depend on batch_size. state: a mutable mapping; state[attack] is set when that attack has ended
-    and used when the same call is made again (that it is the same is the caller's care). nets: (steer, exact), the
-    forwards that move images and that decide, by default scoring_nets(model); a bfloat16 steer moves FAB only far
-    from the ball and is Square's sieve, as both live on small differences of logits. Fewer than 10 classes: as many
-    targets as there are; fewer than 4: APGD-T climbs z_target - z_y, as DLR needs 4. ValueError for bad input."""
+    float32 or float64; y: int64 [N]; same device. Returns x_adv like x: a fooled point carries its adversarial image,
+    any other is unchanged. log: called with one line of text at a time. iterations: of APGD and FAB, per target. index:
+    int64 [N], the points' numbers in the random draws (default 0 .. N-1). Draws, and on a CPU results, do not depend on
+    batch_size. state: a mutable mapping; state[attack] is set when that attack has ended and used when the same call is
+    made again (that it is the same is the caller's care). nets: (steer, exact), the forwards that move images and that
+    decide, by default scoring_nets(model); a bfloat16 steer moves FAB only far from the ball and only preselects
+    Square's images, as both live on small differences of logits. Fewer than 10 classes: as many targets as there are;
+    fewer than 4: APGD-T climbs z_target - z_y, as DLR needs 4. ValueError for bad input."""
     check_images(x, y, FLOATS)
     if not 0 <= eps <= 1 or min(batch_size, iterations, queries, targets) < 1 or not set(attacks) <= set(AUTOATTACK):
         raise ValueError(f"eps {eps}, attacks {attacks}: want eps in [0,1], counts >= 1, attacks from {AUTOATTACK}")

@@ -110,10 +110,11 @@ ARTEFACTS = {  # what the runs of each command vary; all else must be the paper'
     "Table 3": dict(data=["tinyimagenet"], ir=[10], arch=["preactresnet18"], method=ALL, image_size=[64]),
     "Table 5": C100 | dict(method=FOUR, ir=[5, 20, 50]), "Table 6": C100 | dict(method=FOUR),
     "Table 9": C100 | dict(method=[m for m in ALL if m not in ("ltsd", "natural")], epochs=[130]),
-    "Table 10": OURS | dict(seed=[0, 1, 2, 3, 4]), "Figure 1": "report", "Figure 2": "theory", "Figure 8": "report",
+    "Table 10": OURS | dict(seed=[0, 1, 2, 3, 4]), "Figures 1, 8": "report", "Figure 2": "theory",
     "Figure 4": C10 | dict(method=["natural", "pgd-at"], ir=[1, 5, 10, 50, 100], eval_eps=[2], attacks=["clean,pgd"]),
     "Figure 5": OURS | FULL | dict(teacher_method=FOUR[:3]),
-    "Figure 6": OURS | dict(alpha=[10, 20, 40, 80]), "Figure 7": OURS | dict(gamma=[2, 5, 10, 20])}
+    "Figures 6, 7: alpha": OURS | dict(alpha=[10, 20, 40, 80]),
+    "Figures 6, 7: gamma": OURS | dict(gamma=[2, 5, 10, 20])}
 README = (pathlib.Path(ltsd.__file__).parent / "README.md").read_text(encoding="utf-8")
 # fmt: on
 
@@ -481,7 +482,7 @@ def test_every_command_of_the_readme_parses():
 
 @pytest.mark.parametrize("name", ARTEFACTS)
 def test_the_command_of_each_artefact_has_the_papers_settings(name):
-    rows = re.findall(r"^\| ((?:Table|Figure) \d+) \| `(.*?)` \|", README, re.M)
+    rows = re.findall(r"^\| ((?:Table|Figure)s? \d[^|]*) \| `(.*?)` \|", README, re.M)
     made, want = {row: commanded(line) for row, line in rows}, ARTEFACTS[name]
     assert all(cfg.figures for cfg in made[name]) == name.startswith("Figure")
     if isinstance(want, str):
@@ -1115,13 +1116,11 @@ def test_fooled_images_fool_and_the_rest_are_unchanged(trained):
 
 
 def test_a_network_that_only_steers_decides_nothing(foreign):
-    (x, y), coarse = blobs(40), copy.deepcopy(foreign).bfloat16()
-    right = functools.partial(robust, foreign, y=y)
+    def lying(z):  # what is right is fooled, it claims, and climbs towards nothing
+        return foreign(z).roll(1, 1)
+
+    (x, y), right = blobs(40), lambda images: robust(foreign, images, y)
     want = right(ltsd.autoattack(foreign, x, y, **QUICK))
-    low = ltsd.autoattack(foreign, x, y, nets=(lambda z: coarse(z.bfloat16()).float(), foreign), **QUICK)
-    lying = nn.Identity()
-    lying.forward = lambda z: -foreign(z)  # claims that all is fooled, and climbs the wrong way
-    assert (right(low) != want).sum() <= 1
     for lying.dtype in (torch.float32, torch.bfloat16):
         lied = ltsd.autoattack(foreign, x, y, nets=(lying, foreign), state=(state := {}), **QUICK)
         fooled = (right(x) & ~right(lied)).sum()
