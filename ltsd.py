@@ -1281,6 +1281,8 @@ def input_gradient(net, x, objective):
 class APGD:
     """Auto-PGD (2003.01690, Algorithm 1): momentum; at checkpoints the step may halve, from the best."""
 
+    near = -math.inf  # a net that only steers also claims what misses by less than this share of the largest logit
+
     def __init__(self, net, eps, iterations, loss, targets=1):
         self.net, self.eps, self.loss, self.targets, self.evaluations = net, eps, loss, targets, iterations + 1
         # Interval to the first checkpoint, by how much intervals shrink, the least one; in iterations.
@@ -1319,7 +1321,7 @@ class APGD:
         pull = image_like(torch.where(step > 0, 0.75, 1.0).to(z.dtype), z)  # the first step has no momentum
         moved = here + pull * (aim - here) + (1 - pull) * (here - lane["before"])
         lane |= {"before": here, "z": moved.clamp_(lane["low"], lane["high"])}
-        return z, is_fooled(logits, lane["y"])
+        return z, is_fooled(logits, lane["y"]) | (margin(logits, lane["y"]) < self.near * logits.abs().amax(1))
 
 
 def project_linf(t, w, gap):
@@ -1396,9 +1398,9 @@ class Square:
         stripes = random_bits(lane["key"], channels * width).view(n, channels, 1, width) < 0
         lane |= dict(low=low, high=high, z=torch.where(stripes, low, high), best=x0)
         lane["margin"] = lane["sieved"] = x0.new_full((n,), math.inf)
-        halvings = torch.bucketize(torch.arange(self.evaluations), torch.tensor(self.HALVE_AFTER))
-        sides = (0.8 * height * width / 2 ** halvings.double()).sqrt().round().clamp(1, min(height, width))
-        self.sides = sides.long().to(x0.device)  # at each step
+        halvings = torch.bucketize(torch.arange(self.evaluations), torch.tensor(self.HALVE_AFTER)).to(x0.device)
+        # at each step
+        self.sides = (0.8 * height * width / 2 ** halvings.double()).sqrt().round().clamp(1, min(height, width)).long()
 
     def advance(self, lane):
         """-> (scored images, bool: which of them fool)."""
@@ -1556,6 +1558,7 @@ def autoattack(
             "fab-t": FAB(fine, eps, iterations, targets, steer),
             "square": Square(fine, eps, queries, steer),
         }
+        made["apgd-ce"].near = made["apgd-t"].near = -math.inf if fine is steer else 2**-6  # twice bfloat16's grain
         for name in attacks:
             if name not in state:
                 number = torch.tensor(seed) + hash64(torch.tensor(1 + AUTOATTACK.index(name)))
@@ -2434,9 +2437,8 @@ def resolve(cfg) -> Config:
     gpus = torch.cuda.device_count()
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name) or (name != "cpu" and int(name[5:] or 0) >= gpus):
         raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:N; PyTorch sees {gpus} CUDA devices")
-    device = torch.device(name)
-    amp = best_precision(device) if cfg.amp == "auto" else cfg.amp
-    compiled = {"auto": "on" if device.type == "cuda" else "off"}.get(cfg.compile, cfg.compile)
+    amp = best_precision(torch.device(name)) if cfg.amp == "auto" else cfg.amp
+    compiled = {"auto": "off" if name == "cpu" else "on"}.get(cfg.compile, cfg.compile)
     return replace(cfg, device=name, amp=amp, stage=stage, compile=compiled)
 
 
