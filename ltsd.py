@@ -1250,10 +1250,11 @@ def margin(logits, y):
     return logits.gather(1, y[:, None])[:, 0] - others
 
 
-def is_fooled(logits, y):
+def is_fooled(logits, y, near=0.0):
     """bool [N]: another class beats y, by more than the rounding that an image shows when its batch changes shape, so
-    that the verdict survives re-scoring. NaN logits never count."""
-    return margin(logits, y) < -100 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
+    that the verdict survives re-scoring. NaN logits never count. near: claim what misses by this share of the largest
+    logit, too, for another network to decide."""
+    return margin(logits, y) < (near - 100 * torch.finfo(logits.dtype).eps) * logits.abs().amax(1)
 
 
 def logit_gap(logits, lane):
@@ -1281,10 +1282,9 @@ def input_gradient(net, x, objective):
 class APGD:
     """Auto-PGD (2003.01690, Algorithm 1): momentum; at checkpoints the step may halve, from the best."""
 
-    near = -math.inf  # a net that only steers also claims what misses by less than this share of the largest logit
-
-    def __init__(self, net, eps, iterations, loss, targets=1):
-        self.net, self.eps, self.loss, self.targets, self.evaluations = net, eps, loss, targets, iterations + 1
+    def __init__(self, net, eps, iterations, near, loss, targets=1):
+        self.net, self.eps, self.near, self.loss = net, eps, near, loss
+        self.targets, self.evaluations = targets, iterations + 1
         # Interval to the first checkpoint, by how much intervals shrink, the least one; in iterations.
         self.first, self.shrink, self.least = (max(int(p * iterations), 1) for p in (0.22, 0.03, 0.06))
 
@@ -1293,9 +1293,9 @@ class APGD:
         noise = (random_bits(lane["key"], x0[0].numel()) >> 40 & 0xFFFFFF).to(x0.dtype) * 2**-23 - 1
         noise /= noise.abs().amax(1, keepdim=True) + 1e-12  # at least one pixel on the face of the ball
         z, row = (x0 + self.eps * noise.view(x0.shape)).clamp_(0, 1), x0.new_zeros(len(x0))
-        lane |= dict(low=(x0 - self.eps).clamp_(min=0), high=(x0 + self.eps).clamp_(max=1))
-        lane |= dict(z=z, before=z, best=z, best_gradient=torch.zeros_like(x0), rises=row, halved=row == 0)
-        lane |= dict(best_loss=row - math.inf, last_loss=row + math.inf, loss_at_check=row, size=row + 2 * self.eps)
+        lane |= {"low": (x0 - self.eps).clamp_(min=0), "high": (x0 + self.eps).clamp_(max=1), "halved": row == 0}
+        lane |= {"z": z, "before": z, "best": z, "best_gradient": torch.zeros_like(x0), "loss_at_check": row}
+        lane |= {"best_loss": row - math.inf, "last_loss": row + math.inf, "rises": row, "size": row + 2 * self.eps}
         lane["interval"] = lane["check"] = torch.full_like(lane["y"], self.first)
 
     def advance(self, lane):
@@ -1321,7 +1321,7 @@ class APGD:
         pull = image_like(torch.where(step > 0, 0.75, 1.0).to(z.dtype), z)  # the first step has no momentum
         moved = here + pull * (aim - here) + (1 - pull) * (here - lane["before"])
         lane |= {"before": here, "z": moved.clamp_(lane["low"], lane["high"])}
-        return z, is_fooled(logits, lane["y"]) | (margin(logits, lane["y"]) < self.near * logits.abs().amax(1))
+        return z, is_fooled(logits, lane["y"], self.near)
 
 
 def project_linf(t, w, gap):
@@ -1361,7 +1361,7 @@ class FAB:
         return logits[(~near).int().argsort(stable=True).argsort()]
 
     def start(self, lane):
-        lane |= dict(z=lane["x0"], best=lane["x0"], margin=lane["x0"].new_full((len(lane["x0"]),), math.inf))
+        lane |= {"z": lane["x0"], "best": lane["x0"], "margin": lane["x0"].new_full((len(lane["x0"]),), math.inf)}
 
     def advance(self, lane):
         """-> (scored images, bool: which of them fool)."""
@@ -1396,10 +1396,10 @@ class Square:
         n, channels, height, width = x0.shape
         low, high = (x0 - self.eps).clamp_(min=0), (x0 + self.eps).clamp_(max=1)
         stripes = random_bits(lane["key"], channels * width).view(n, channels, 1, width) < 0
-        lane |= dict(low=low, high=high, z=torch.where(stripes, low, high), best=x0)
+        lane |= {"low": low, "high": high, "z": torch.where(stripes, low, high), "best": x0}
         lane["margin"] = lane["sieved"] = x0.new_full((n,), math.inf)
         halvings = torch.bucketize(torch.arange(self.evaluations), torch.tensor(self.HALVE_AFTER)).to(x0.device)
-        # at each step
+        # the square's side at each step
         self.sides = (0.8 * height * width / 2 ** halvings.double()).sqrt().round().clamp(1, min(height, width)).long()
 
     def advance(self, lane):
@@ -1552,13 +1552,13 @@ def autoattack(
 
         targets, climb = min(targets, classes - 1), targeted_dlr if classes >= 4 else logit_gap
         fine = exact if getattr(steer, "dtype", 0) == torch.bfloat16 else steer
+        apgd = functools.partial(APGD, steer, eps, iterations, 0.0 if fine is steer else 2**-6)  # twice its grain
         made = {
-            "apgd-ce": APGD(steer, eps, iterations, lambda z, lane: F.cross_entropy(z, lane["y"], reduction="none")),
-            "apgd-t": APGD(steer, eps, iterations, climb, targets),
+            "apgd-ce": apgd(lambda z, lane: F.cross_entropy(z, lane["y"], reduction="none")),
+            "apgd-t": apgd(climb, targets),
             "fab-t": FAB(fine, eps, iterations, targets, steer),
             "square": Square(fine, eps, queries, steer),
         }
-        made["apgd-ce"].near = made["apgd-t"].near = -math.inf if fine is steer else 2**-6  # twice bfloat16's grain
         for name in attacks:
             if name not in state:
                 number = torch.tensor(seed) + hash64(torch.tensor(1 + AUTOATTACK.index(name)))

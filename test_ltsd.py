@@ -1053,7 +1053,7 @@ def test_targeted_dlr_by_hand():
 
 
 def test_apgd_halves_its_step_at_the_papers_checkpoints():
-    attack = ltsd.APGD(always(1.0, 0.0).eval(), 0.1, 100, lambda logits, lane: -ltsd.margin(logits, lane["y"]))
+    attack = ltsd.APGD(always(1.0, 0.0).eval(), 0.1, 100, 0.0, lambda logits, lane: -ltsd.margin(logits, lane["y"]))
     zero, sizes = torch.zeros(1, dtype=torch.int64), []
     attack.start(lane := dict(key=zero, step=zero, y=zero, x0=torch.full((1, 3, 4, 4), 0.5)))
     for step in range(100):
@@ -1116,11 +1116,12 @@ def test_fooled_images_fool_and_the_rest_are_unchanged(trained):
 
 
 def test_a_network_that_only_steers_decides_nothing(foreign):
-    def lying(z):  # what is right is fooled, it claims, and climbs towards nothing
-        return foreign(z).roll(1, 1)
-
-    (x, y), right = blobs(40), lambda images: robust(foreign, images, y)
+    # lying: what is right is fooled, it claims, and climbs towards nothing
+    (x, y), lying = blobs(40), lambda z: foreign(z).roll(1, 1)
+    coarse, right = copy.deepcopy(foreign).bfloat16(), lambda images: robust(foreign, images, y)
     want = right(ltsd.autoattack(foreign, x, y, **QUICK))
+    low = ltsd.autoattack(foreign, x, y, nets=(lambda z: coarse(z.bfloat16()).float(), foreign), **QUICK)
+    assert (right(low) != want).sum() <= 1
     for lying.dtype in (torch.float32, torch.bfloat16):
         lied = ltsd.autoattack(foreign, x, y, nets=(lying, foreign), state=(state := {}), **QUICK)
         fooled = (right(x) & ~right(lied)).sum()
@@ -1130,7 +1131,7 @@ def test_a_network_that_only_steers_decides_nothing(foreign):
 def test_every_lane_draws_its_own_noise_and_ends_with_an_exact_look_at_its_best_point(foreign, monkeypatch):
     (x, y), keys, said, start, fooled = blobs(40), [], [], ltsd.APGD.start, ltsd.is_fooled
     monkeypatch.setattr(ltsd.APGD, "start", lambda self, lane: keys.extend(lane["key"].tolist()) or start(self, lane))
-    claims = lambda logits, y: fooled(logits, y) & (logits.data_ptr() != said[-1].data_ptr())  # noqa: E731
+    claims = lambda logits, y, near=0.0: fooled(logits, y, near) & (logits.data_ptr() != said[-1].data_ptr())  # noqa: E731
     monkeypatch.setattr(ltsd, "is_fooled", claims)  # what steers never claims
     for name in ltsd.AUTOATTACK:
         options = QUICK | dict(queries=300, nets=(lambda z: said.append(foreign(z)) or said[-1], foreign))
