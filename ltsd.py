@@ -1,26 +1,28 @@
 """Long-Tailed Adversarial Training with Self-Distillation (ICLR 2025) in one file.
 
-Adversarial training on long-tailed data leaves the rare classes defenceless. The paper's remedy, reproduced here: an
-adversarially trained *self-teacher* is fitted on a class-balanced resample D_B of the long-tailed set D; the student,
-trained adversarially on all of D with balanced softmax, distils from it. Section 3 is the method; `_ltsd` its loss.
+Adversarial training on long-tailed data leaves the rare classes defenceless. The paper's remedy,
+reproduced here: an adversarially trained *self-teacher* is fitted on a class-balanced resample D_B
+of the long-tailed set D; the student, trained adversarially on all of D with balanced softmax,
+distils from it. Section 3 is the method, `_ltsd` its loss.
 
-    python ltsd.py --data synthetic                        # the whole pipeline on made-up images, on a CPU
-    python ltsd.py --data cifar100 --ir 10 --stage all     # a row of the paper's Table 2: teacher, student, evaluation
-    python ltsd.py --data cifar10 --method all             # Table 1: every method, one table
-    python ltsd.py --data folder --data-dir DIR --ir 50    # your images: DIR/train/CLASS/*, DIR/test/CLASS/*
-    python ltsd.py --stage report 'runs/*'                 # a table of what there is
-    torchrun --nproc-per-node 4 ltsd.py ...                # any of them on four GPUs of this machine
+    python ltsd.py --data synthetic                      # the whole pipeline, on made-up images
+    python ltsd.py --data cifar100 --ir 10 --stage all   # a row of Table 2, all of its stages
+    python ltsd.py --data cifar10 --method all           # Table 1: every method, one table
+    python ltsd.py --data folder --data-dir DIR --ir 50  # DIR/train/CLASS/*, DIR/test/CLASS/*
+    python ltsd.py --stage report 'runs/*'               # a table of what there is
+    torchrun --nproc-per-node 4 ltsd.py ...              # any of them on four GPUs of this machine
 
-Sections: 1 setup, 2 config, 3 the method, 4 step and attack, 5 training, 6 data, 7 models, 8 autoattack, 9 evaluation,
-10 runs and report, 11 theory, 12 bench, 13 command line. Images are float32 in [0,1], NCHW, channels_last; labels are
-int64; eps and step_size are fractions in the functions and 255ths on the command line. Importing changes nothing.
+Sections: 1 setup, 2 config, 3 the method, 4 step and attack, 5 training, 6 data, 7 models,
+8 autoattack, 9 evaluation, 10 runs and report, 11 theory, 12 bench, 13 command line. Images are
+float32 in [0,1], NCHW, channels_last; labels are int64; eps and step_size are fractions in the
+functions and 255ths on the command line. Importing changes nothing.
 """
 
-# 1  Setup =============================================================================================================
+# 1  Setup =========================================================================================
 import os
 
 if __name__ == "__main__":
-    # Threads that spin while they wait make a run ten times slower as soon as another program wants a core.
+    # Threads that spin while they wait make a run ten times slower beside any other program.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
@@ -36,8 +38,8 @@ import json
 import math
 import pathlib
 import re
+import struct
 import sys
-import tempfile
 import time
 import warnings
 import zlib
@@ -71,41 +73,60 @@ EVAL_BATCH = 500  # images scored at once
 AUGMENT_GROUPS = 512  # independent draws of an augmentation policy in an epoch
 AMP_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 
+# Several processes, each a "rank" of a group that torchrun started: only `main` changes these two,
+# so that in somebody's distributed program the imported functions act as one process.
+RANK, WORLD = 0, 1
+
 
 class UserError(ValueError):
     """A mistake the user can mend: `main` prints its one line and returns 2."""
 
 
+def first_line(error):
+    """What an error says, without its further lines and a terminal's escape codes."""
+    reason = getattr(error, "strerror", None) or str(error)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", reason).strip().splitlines()
+    return lines[0][:80] if lines else "no reason given"
+
+
 @contextlib.contextmanager
-def blaming(what, kinds=Exception):
+def blaming(what, kinds):
     """Inside, errors of these kinds become the UserError `what`, which says how to mend it."""
     try:
         yield
     except UserError:
         raise
     except kinds as error:
-        said = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise UserError(f"{what} ({type(error).__name__}: {said})") from error
+        raise UserError(f"{what} ({type(error).__name__}: {first_line(error)})") from error
 
 
-def derive_seed(seed, *words):
-    """A 32-bit seed from the run's seed and a purpose, so that no two purposes share a random stream."""
-    return zlib.crc32(repr((seed, *words)).encode())
-
-
-# Several processes, each a "rank" of a group that torchrun started: only `main` changes these two, so that an import
-# into somebody's distributed program gives the functions of one process.
-RANK, WORLD = 0, 1
+def say(text, end="\n", file=None):
+    """Print text: on rank 0 to stdout, or to `file`. What the screen cannot take ends no run."""
+    stream = file or sys.stdout
+    if stream is None or (RANK and file is None):  # None: closed by the shell
+        return
+    try:
+        encoding = stream.encoding or "utf-8"
+        stream.write((text + end).encode(encoding, "replace").decode(encoding))
+        stream.flush()
+    except (OSError, ValueError):  # a closed pipe, a lost terminal, a full disk
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def show_progress(text=""):
     """Rewrite a terminal's progress line; without text, wipe it. In a pipe: nothing."""
-    if sys.stderr.isatty() and not RANK:
-        print(f"{text:<79}", end="\r", file=sys.stderr, flush=True)
+    if RANK == 0 and sys.stderr is not None and sys.stderr.isatty():
+        say(f"{text:<79}", end="\r", file=sys.stderr)
+
+
+def derive_seed(seed, *words):
+    """A 32-bit seed from the run's seed and a purpose: no two purposes share a random stream."""
+    return zlib.crc32(repr((seed, *words)).encode())
 
 
 def gather(value) -> list:
-    """The value (CPU tensor, number, string, list, None) of every rank, in their order, after waiting for all."""
+    """The value (CPU tensor, number, string, list, None) of every rank, after waiting for all."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -113,254 +134,299 @@ def gather(value) -> list:
 
 
 def average_over_ranks(tensors):
-    """Replace tensors of one dtype by their mean over the ranks, in one collective; nothing to do for one process."""
-    if WORLD > 1 and tensors:
-        flat = torch.cat([t.flatten() for t in tensors]) / WORLD
-        dist.all_reduce(flat)
-        parts = flat.split([t.numel() for t in tensors])
-        torch._foreach_copy_(tensors, [part.view(t.shape) for part, t in zip(parts, tensors)])
+    """Replace tensors of one dtype by their mean over the ranks, in one collective."""
+    if WORLD == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors]) / WORLD
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts):
+        tensor.copy_(part.view(tensor.shape))
 
 
-# 2  Config ============================================================================================================
-def _flag(default, help, choices="", **meta):
-    """A Config field. choices: words; meta: low, high (inclusive bounds), pattern; many: takes a comma list;
-    identity=False: does not make a run another run; group: the heading in --help from here on."""
-    return field(default=default, metadata=dict(meta, help=help, choices=choices.split()))
+# 2  Config ========================================================================================
+def _flag(default, help, choices="", low=0):
+    """A flag with its help; choices: words that it can have; low: the least a number can be."""
+    return field(default=default, metadata=dict(help=help, choices=choices.split(), low=low))
+
+
+# A value of None is filled in by `resolve`; afterwards None means that the run does not use it.
+# fmt: off
+@dataclass(frozen=True)
+class Settings:
+    """What makes a run: another value of any of these is another run, in a folder of its own. All
+    but milestones take a comma list, which makes a run for each value."""
+
+    data: str = _flag("cifar100", "data set")
+    image_size: int = _flag(None, "side of the images of --data folder (32)", low=16)
+    ir: float = _flag(None, "n_max/n_min (10; cifar10 50, synthetic 20, folder as it is)", low=1)
+    method: str = _flag("ltsd", "training method, or 'all'")
+    arch: str = _flag(None, "network (resnet18; tinyimagenet preactresnet18, synthetic resnet8)")
+    aug: str = _flag("none", "RandAugment or AutoAugment before crop and flip", "none ra aua")
+    alpha: float = _flag(None, "distillation weight after its ramp (40; synthetic 10)")
+    tau: float = _flag(None, "strength of the class prior, b_c = tau ln n_c (1)")
+    gamma: float = _flag(None, "D_B: floor(gamma n_min) images a class (IR/2, >= 1)", low=1e-6)
+    beta: float = _flag(None, "weight of the KL term of trades, mart and robal (6)")
+    kd: str = _flag(None, "distil indirect gradients, or KL at x' (igdm)", "igdm kl")
+    teacher_method: str = _flag(None, "teacher's method (pgd-at)", "pgd-at at-bsl robal reat")
+    teacher_data: str = _flag(None, "what the teacher sees: D_B or D (balanced)", "balanced full")
+    official: bool = _flag(False, "the method's own published optimiser settings")
+    epochs: int = _flag(None, "student epochs (100; synthetic 10)", low=1)
+    teacher_epochs: int = _flag(None, "teacher epochs (30; on D --epochs; synthetic 6)", low=1)
+    batch_size: int = _flag(None, "student batch size (128; synthetic 32)", low=1)
+    teacher_batch_size: int = _flag(None, "teacher batch size (32; on D --batch-size)", low=1)
+    lr: float = _flag(None, "first learning rate of SGD (0.1)")
+    milestones: str = _flag(None, "shares of the epochs after which the rate drops (0.75,0.9)")
+    weight_decay: float = _flag(None, "weight decay (5e-4)")
+    momentum: float = _flag(0.9, "momentum")
+    eps: float = _flag(None, "L-inf radius of the training attack, in 255ths (8)")
+    step_size: float = _flag(None, "step of the training attack, in 255ths (2)")
+    steps: int = _flag(None, "steps of the training attack (10)")
+    train_limit: int = _flag(None, "about this many training images, before the long tail", low=1)
+    test_limit: int = _flag(None, "about this many test images", low=1)
+    seed: int = _flag(0, "seed of the weights, of D_B and of every other draw")
+    role: str = "student"  # no flag: a 'teacher' is trained on D_B
 
 
 @dataclass(frozen=True)
-class Config:
-    """Every setting of a run, one field per flag. What is None here `resolve` fills from COMMON, DATASETS or, with
-    --official, the method's row; a field that stands in none of them needs its default here."""
+class Config(Settings):
+    """A run's Settings, and what may change whenever the same run is started again."""
 
-    # fmt: off
-    data: str = _flag("cifar100", "data set", group="what")
-    data_dir: str = _flag("data", "folder that holds, or will hold, the data", identity=False)
-    image_size: int = _flag(None, "side of the images of --data folder (32)", low=16, high=512)
-    ir: float = _flag(None, "imbalance n_max/n_min (10; cifar10 50, synthetic 20, folder as it is)", low=1, many=True)
-    method: str = _flag("ltsd", "training method, or 'all'", many=True)
-    arch: str = _flag(None, "network (resnet18; tinyimagenet preactresnet18, synthetic resnet8)")
-    stage: str = _flag("all", "what to do", "all teacher distill train eval report theory bench", identity=False)
-    aug: str = _flag("none", "RandAugment(2, 8) or AutoAugment before crop and flip", "none ra aua", many=True)
-    alpha: float = _flag(None, "distillation weight after its ramp (40; synthetic 10)", group="method", many=True)
-    tau: float = _flag(1.0, "strength of the class prior in balanced softmax, b_c = tau ln n_c")
-    gamma: float = _flag(None, "D_B: floor(gamma n_min) images a class (IR/2, at least 1)", low=1e-6, many=True)
-    beta: float = _flag(None, "weight of the KL term of trades, mart and robal (6)")
-    kd: str = _flag("igdm", "distillation: indirect gradients, or KL of teacher to student at x'", "igdm kl")
-    reat_tail: str = _flag("official", "reat's tail term: as released or as intended", "official intended")
-    teacher: str = _flag(None, "checkpoint to use as the teacher (copied into the run)", identity=False)
-    teacher_method: str = _flag("pgd-at", "teacher's method", "pgd-at at-bsl robal reat", many=True)
-    teacher_data: str = _flag("balanced", "what the teacher sees: D_B, or all of D", "balanced full")
-    official: bool = _flag(False, "the method's own published optimiser settings, if any for the data")
-    epochs: int = _flag(None, "student epochs (100; synthetic 10)", group="optimiser", low=1)
-    teacher_epochs: int = _flag(None, "teacher epochs (30, on all of D as --epochs; synthetic 6)", low=1)
-    batch_size: int = _flag(None, "student batch size (128; synthetic 32)", low=1)
-    teacher_batch_size: int = _flag(None, "teacher batch size (32, on all of D as --batch-size)", low=1)
-    lr: float = _flag(None, "first learning rate of SGD (0.1)")
-    milestones: str = _flag(None, "rising shares of the epochs, after each of which the rate drops tenfold (0.75,0.9)",
-                            pattern=r"(0?\.\d+|1)(,(0?\.\d+|1))*")
-    weight_decay: float = _flag(None, "weight decay (5e-4)")
-    momentum: float = _flag(0.9, "momentum", high=1)
-    eps: float = _flag(8.0, "L-inf radius of the training attack, in 255ths", group="threat", high=255)
-    step_size: float = _flag(2.0, "step of the training attack, in 255ths", high=255)
-    steps: int = _flag(10, "steps of the training attack")
-    eval_eps: float = _flag(None, "L-inf radius of the evaluation, in 255ths (--eps)", high=255, identity=False)
-    eval_step_size: float = _flag(2.0, "step of the evaluation's PGD, in 255ths", high=255, identity=False)
-    eval_steps: int = _flag(20, "steps of the evaluation's PGD", identity=False)
-    attacks: str = _flag(None, "what to evaluate, a comma list of clean, pgd, aa (all; synthetic clean,pgd)",
-                         pattern="(clean|pgd|aa)(,(clean|pgd|aa))*", identity=False)
-    device: str = _flag("auto", "auto, cpu, cuda or cuda:N", group="machine", identity=False)
-    amp: str = _flag("auto", "precision of the convolutions; auto: the fastest here", "auto bf16 off")
-    compile: str = _flag("auto", "compile networks, on CUDA replay attacks as graphs; auto: on CUDA", "auto on off")
-    seed: int = _flag(0, "seed of the weights, of D_B and of every other draw", group="run", many=True)
-    out: str = _flag(None, "run folder (runs/NAME; with comma lists the parent of the run folders)", identity=False)
-    overwrite: bool = _flag(False, "start afresh in a folder that holds a run", identity=False)
-    checkpoint: str = _flag(None, "with --stage eval: score this file, not the run's own", identity=False)
-    train_limit: int = _flag(None, "about this many training images, before the long-tail draw", low=1)
-    test_limit: int = _flag(None, "about this many test images", low=1)
-    examples: int = _flag(None, "evaluated images to save, clean and attacked, as a PNG grid", low=1, identity=False)
-    figures: str = _flag(None, "folder for figures of the table or the theory (needs matplotlib)", identity=False)
-    runs: tuple = _flag((), "run folders for --stage report, globs too (the run that these flags name)", identity=False)
-    # fmt: on
+    stage: str = _flag("all", "what to do", "all teacher distill train eval report theory bench")
+    data_dir: str = _flag("data", "folder that holds, or will hold, the data")
+    teacher: str = _flag(None, "checkpoint to use as the teacher (copied into the run)")
+    eval_eps: float = _flag(None, "L-inf radius of the evaluation, in 255ths (--eps)")
+    eval_step_size: float = _flag(2.0, "step of the evaluation's PGD, in 255ths")
+    eval_steps: int = _flag(20, "steps of the evaluation's PGD")
+    attacks: str = _flag(None, "comma list of clean, pgd, aa (all; synthetic clean,pgd)")
+    device: str = _flag("auto", "auto, cpu, cuda or cuda:N")
+    amp: str = _flag("auto", "precision of the convolutions", "auto bf16 fp16 off")
+    compile: str = _flag("auto", "compile, on CUDA as graphs; auto: on CUDA", "auto on off")
+    out: str = _flag("runs", "folder that holds the run folders")
+    checkpoint: str = _flag(None, "with --stage eval: score this file, not the run's own")
+    mean: str = _flag(None, "with --checkpoint or --teacher: the network gets (x - mean) / std")
+    std: str = _flag(None, "see --mean; three numbers each, as in 0.49,0.48,0.45")
+    examples: int = _flag(None, "evaluated images to save, clean and attacked, as a PNG", low=1)
+    figures: str = _flag(None, "folder for figures of the table or the theory")
+    runs: tuple = _flag((), "run folders for --stage report (the runs that these flags name)")
 
 
-# fmt: off
-COMMON = dict(arch="resnet18", alpha=40.0, epochs=100, batch_size=128, teacher_epochs=30, teacher_batch_size=32,
-              lr=0.1, beta=6.0, weight_decay=5e-4, milestones="0.75,0.9", attacks="clean,pgd,aa")
-SMALL = dict(arch="resnet8", alpha=10.0, epochs=10, teacher_epochs=6, batch_size=32, attacks="clean,pgd")
-DATASETS = {  # classes, image side, classes in the tail group, defaults of its own; `load_data` has the loaders
-    "cifar10":      (10, 32, 1, dict(ir=50.0)),
-    "cifar100":     (100, 32, 10, dict(ir=10.0)),
-    "tinyimagenet": (200, 64, 20, dict(ir=10.0, arch="preactresnet18")),
-    "folder":       (None, 32, None, {}),
-    "synthetic":    (10, 32, 1, dict(ir=20.0, **SMALL)),
+COMMON = dict(
+    arch="resnet18", alpha=40.0, tau=1.0, beta=6.0, kd="igdm", epochs=100, batch_size=128,
+    teacher_method="pgd-at", teacher_data="balanced", teacher_epochs=30, teacher_batch_size=32,
+    lr=0.1, weight_decay=5e-4, milestones="0.75,0.9", eps=8.0, step_size=2.0, steps=10,
+    attacks="clean,pgd,aa",
+)
+SMALL = dict(
+    arch="resnet8", alpha=10.0, epochs=10, batch_size=32, teacher_epochs=6, attacks="clean,pgd",
+)
+# image side, defaults of its own
+DATASETS = {
+    "cifar10":      (32, dict(ir=50.0)),
+    "cifar100":     (32, dict(ir=10.0)),
+    "tinyimagenet": (64, dict(ir=10.0, arch="preactresnet18")),
+    "folder":       (32, {}),
+    "synthetic":    (32, dict(ir=20.0, **SMALL)),
 }
 # fmt: on
 
 
-# 3  The method ========================================================================================================
+# 3  The method ====================================================================================
 def balanced_indices(labels, per_class, seed) -> np.ndarray:
-    """Draw the paper's D_B (section 4.2): exactly per_class positions of every class, each position floor or ceil times
-    equally often. labels: int array [N] with classes 0..C-1; per_class: int >= 1. Large classes are thinned without
-    replacement; small ones repeated whole, the remainder drawn without replacement. Returns int64 [C*per_class].
-    ValueError for per_class < 1 or an empty class."""
-    labels, rng, chosen = np.asarray(labels), np.random.default_rng(seed), []
+    """Draw the paper's D_B (section 4.2): exactly per_class positions of every class, each position
+    floor or ceil times equally often. labels: int array [N] with classes 0..C-1; per_class: int >=
+    1. Large classes are thinned without replacement; small ones repeated whole, the remainder drawn
+    without replacement. Returns int64 [C*per_class]. ValueError for per_class < 1 or an empty
+    class."""
     if per_class < 1 or per_class != int(per_class):
         raise ValueError(f"per_class {per_class}: must be a whole number of at least 1")
+    labels = np.asarray(labels)
+    rng = np.random.default_rng(seed)
+    chosen = [np.empty(0, np.int64)]
     for c in range(int(labels.max(initial=-1)) + 1):
         members = np.flatnonzero(labels == c)
-        if not len(members):
+        if len(members) == 0:
             raise ValueError(f"class {c} has no image to resample")
         whole, rest = divmod(int(per_class), len(members))
-        chosen += [np.tile(members, whole), rng.choice(members, rest, replace=False)]
-    return np.concatenate(chosen or [np.empty(0, np.int64)])
+        chosen.append(np.tile(members, whole))
+        chosen.append(rng.choice(members, rest, replace=False))
+    return np.concatenate(chosen)
 
 
-def teacher_task(cfg, data):
-    """The self-teacher's (Config, Data): the same training with settings of its own on D_B, drawn once per run with
-    floor(gamma n_min) images of every class; on all of D where cfg.teacher_data is 'full' (Figure 5's other ones). The
-    same at every call: a run's time estimate and the evaluation ask again."""
-    cfg = replace(cfg, method=cfg.teacher_method, epochs=cfg.teacher_epochs, batch_size=cfg.teacher_batch_size)
-    if cfg.teacher_data == "full":
-        return cfg, data
-    ratio = data.counts[0] / data.counts[-1] if cfg.ir is None else cfg.ir
-    gamma = max(1.0, ratio / 2) if cfg.gamma is None else cfg.gamma
+def balanced_data(cfg, data):
+    """D_B as Data: floor(gamma n_min) images of every class of D, at least one, drawn once a run.
+    gamma is half the imbalance ratio, at least 1, where the Config has none."""
+    gamma = cfg.gamma
+    if gamma is None:
+        gamma = max(1.0, max(data.counts) / min(data.counts) / 2)
     per_class = max(1, math.floor(gamma * min(data.counts)))
-    drawn = torch.from_numpy(balanced_indices(data.train_labels.cpu(), per_class, derive_seed(cfg.seed, "balanced")))
-    images, labels = data.train_images[drawn], data.train_labels[drawn]
-    return cfg, replace(data, train_images=images, train_labels=labels, counts=[per_class] * len(data.counts))
+    seed = derive_seed(cfg.seed, "balanced")
+    drawn = torch.from_numpy(balanced_indices(data.train_labels.cpu(), per_class, seed))
+    return replace(
+        data,
+        train_images=data.train_images[drawn],
+        train_labels=data.train_labels[drawn],
+        counts=[per_class] * len(data.counts),
+    )
 
 
-def _float32(*tensors):
+def _float32(tensor):
     """Half precision as float32, the rest as it is: class priors and 1e-12 need the range."""
-    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _class_counts(counts, classes, like):
-    """Training images per class as a tensor like `like`; ValueError for another number of them than classes."""
-    counts = torch.as_tensor(counts).to(like)
-    if list(counts.shape) != [classes]:
-        raise ValueError(f"counts has shape {list(counts.shape)}: want one count for each of {classes} classes")
+def _class_counts(counts, logits):
+    """Training images per class like the logits; ValueError for another number of classes."""
+    counts = torch.as_tensor(counts).to(logits)
+    if list(counts.shape) != [logits.shape[1]]:
+        wanted = f"want one count for each of {logits.shape[1]} classes"
+        raise ValueError(f"counts has shape {list(counts.shape)}: {wanted}")
     return counts
 
 
 def balanced_softmax_loss(logits, y, counts, tau=1.0) -> torch.Tensor:
-    """Mean of -log softmax(z + b)[y] with b_c = tau ln n_c (eq. 1; Ren et al. 2020). logits: float [N,C]; y: int64 [N];
-    counts: training images per class, C values >= 1. Uniform counts or tau 0 give plain cross-entropy. Returns a
-    scalar; ValueError for counts of another length."""
-    (logits,) = _float32(logits)
-    return F.cross_entropy(logits + tau * _class_counts(counts, logits.shape[1], logits).log(), y)
+    """Mean of -log softmax(z + b)[y] with b_c = tau ln n_c (eq. 1; Ren et al. 2020). logits: float
+    [N,C]; y: int64 [N]; counts: training images per class, C values >= 1. Uniform counts or tau 0
+    give plain cross-entropy. Returns a scalar; ValueError for counts of another length."""
+    logits = _float32(logits)
+    prior = tau * _class_counts(counts, logits).log()
+    return F.cross_entropy(logits + prior, y)
 
 
 def distillation_loss(student, teacher) -> torch.Tensor:
     """Mean KL(softmax(teacher) || softmax(student)); float logits [N,C], the teacher's detached."""
-    student, teacher = _float32(student, teacher.detach())
-    target = F.log_softmax(teacher, 1)
-    return F.kl_div(F.log_softmax(student, 1), target, reduction="batchmean", log_target=True)
+    student = F.log_softmax(_float32(student), 1)
+    target = F.log_softmax(_float32(teacher.detach()), 1)
+    return F.kl_div(student, target, reduction="batchmean", log_target=True)
 
 
 def igdm_loss(student_plus, student_minus, teacher_plus, teacher_minus) -> torch.Tensor:
-    """Indirect gradient distillation: mean KL(softmax(T+ - T-) || softmax(S+ - S-)) (Lee et al. 2023). Arguments: float
-    logits [N,C] of student and teacher at x+d (plus) and x-d (minus), d = x'-x: differences of logits stand for input
-    gradients. The teacher's are detached; temperature 1. Returns a scalar >= 0."""
-    plus, minus, *teacher = _float32(student_plus, student_minus, teacher_plus, teacher_minus)
-    return distillation_loss(plus - minus, teacher[0] - teacher[1])
+    """Indirect gradient distillation: mean KL(softmax(T+ - T-) || softmax(S+ - S-)) (Lee et al.
+    2023). Arguments: float logits [N,C] of student and teacher at x+d (plus) and x-d (minus), d =
+    x'-x: differences of logits stand for input gradients. The teacher's are detached; temperature
+    1. Returns a scalar >= 0."""
+    student = _float32(student_plus) - _float32(student_minus)
+    teacher = _float32(teacher_plus) - _float32(teacher_minus)
+    return distillation_loss(student, teacher)
 
 
 def trades_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
-    """Mean CE(z(x), y) + beta * mean KL(p(x) || p(x')) (TRADES, Zhang et al. 2019); both sides carry gradient. logits,
-    logits_adv: float [N,C] at x and x'; y: int64 [N]. beta 0 is cross-entropy. Returns a scalar."""
-    logits, logits_adv = _float32(logits, logits_adv)
-    clean, adv = F.log_softmax(logits, 1), F.log_softmax(logits_adv, 1)
-    return F.cross_entropy(logits, y) + beta * F.kl_div(adv, clean, reduction="batchmean", log_target=True)
+    """Mean CE(z(x), y) + beta * mean KL(p(x) || p(x')) (TRADES, Zhang et al. 2019); both sides
+    carry gradient. logits, logits_adv: float [N,C] at x and x'; y: int64 [N]. beta 0 is
+    cross-entropy. Returns a scalar."""
+    logits = _float32(logits)
+    clean = F.log_softmax(logits, 1)
+    adv = F.log_softmax(_float32(logits_adv), 1)
+    divergence = F.kl_div(adv, clean, reduction="batchmean", log_target=True)
+    return F.cross_entropy(logits, y) + beta * divergence
 
 
 def mart_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
-    """MART (Wang et al. 2020): boosted cross-entropy at x' plus a KL weighted by how unsure the network is of x,
-    mean[CE(z(x'), y) - ln(1.0001 - p_k(x') + 1e-12)] + beta * mean[KL(p(x) || p(x')) * (1.0000001 - p_y(x))]. k: the
-    most probable class of x' but y; the KL takes ln(p(x') + 1e-12). Arguments as in trades_loss."""
-    logits, logits_adv = _float32(logits, logits_adv)
-    clean, adv = F.softmax(logits, 1), F.softmax(logits_adv, 1)
+    """MART (Wang et al. 2020): boosted cross-entropy at x' plus a KL weighted by how unsure the
+    network is of x, mean[CE(z(x'), y) - ln(1.0001 - p_k(x') + 1e-12)] + beta * mean[KL(p(x) ||
+    p(x')) * (1.0000001 - p_y(x))]. k: the most probable class of x' but y; the KL takes ln(p(x') +
+    1e-12). Arguments as in trades_loss."""
+    logits_adv = _float32(logits_adv)
+    clean = F.log_softmax(_float32(logits), 1)
+    adv = F.softmax(logits_adv, 1)
     rival = adv.scatter(1, y[:, None], 0.0).amax(1)
     boosted = F.cross_entropy(logits_adv, y) - (1.0001 - rival + 1e-12).log().mean()
-    divergence = F.kl_div((adv + 1e-12).log(), clean, reduction="none").sum(1)
-    return boosted + beta * (divergence * (1.0000001 - clean.gather(1, y[:, None])[:, 0])).mean()
+    divergence = F.kl_div((adv + 1e-12).log(), clean, reduction="none", log_target=True).sum(1)
+    unsure = 1.0000001 - clean.gather(1, y[:, None])[:, 0].exp()
+    return boosted + beta * (divergence * unsure).mean()
 
 
 def robal_loss(scores, scores_adv, y, counts, *, scale, margin, tau_b, tau_m, beta) -> torch.Tensor:
-    """RoBal (Wu et al. 2021): CE of scale*(s(x') - m_y 1_y) + tau_b ln(n/N) plus beta * mean KL(p(x) || p(x')). scores,
-    scores_adv: cosine scores [N,C] at x and x'; m_c = margin + tau_m/scale * ln(n_c/n_min), larger for frequent
-    classes. The KL's softmaxes are of the unscaled scores, with ln(p(x') + 1e-12) and no detaching."""
-    scores, scores_adv = _float32(scores, scores_adv)
-    counts = _class_counts(counts, scores.shape[1], scores)
+    """RoBal (Wu et al. 2021): CE of scale*(s(x') - m_y 1_y) + tau_b ln(n/N) plus beta * mean
+    KL(p(x) || p(x')). scores, scores_adv: cosine scores [N,C] at x and x'; m_c = margin +
+    tau_m/scale * ln(n_c/n_min), larger for frequent classes. The KL's softmaxes are of the unscaled
+    scores, with ln(p(x') + 1e-12) and no detaching."""
+    scores = _float32(scores)
+    scores_adv = _float32(scores_adv)
+    counts = _class_counts(counts, scores)
     margins = margin + tau_m / scale * (counts / counts.min()).log()
     shifted = scores_adv - margins * F.one_hot(y, len(counts))
-    fit = F.cross_entropy(scale * shifted + tau_b * (counts / counts.sum()).log(), y)
-    return fit + beta * F.kl_div((F.softmax(scores_adv, 1) + 1e-12).log(), F.softmax(scores, 1), reduction="batchmean")
+    prior = tau_b * (counts / counts.sum()).log()
+    log_adv = (F.softmax(scores_adv, 1) + 1e-12).log()
+    divergence = F.kl_div(log_adv, F.softmax(scores, 1), reduction="batchmean")
+    return F.cross_entropy(scale * shifted + prior, y) + beta * divergence
 
 
 def reat_class_weights(counts, predicted) -> torch.Tensor:
-    """REAT's weights in its attack: w_c ~ 1 / (E_c + 1e-5), E_c = (1 - b^a)/(1 - b), b = (n_c - 1)/n_c, sum C. counts:
-    training images n_c >= 1 [C]; predicted: a_c [C], how often the network predicted the class at x' in the epoch
-    before. float64 inside, since 1 - b^a cancels. Returns float32 [C] (effective numbers, Cui et al. 2019)."""
-    n, a = (torch.as_tensor(t).double() for t in (counts, predicted))
+    """REAT's weights in its attack: w_c ~ 1 / (E_c + 1e-5), E_c = (1 - b^a)/(1 - b), b = (n_c -
+    1)/n_c, sum C. counts: training images n_c >= 1 [C]; predicted: a_c [C], how often the network
+    predicted the class at x' in the epoch before. float64 inside, since 1 - b^a cancels. Returns
+    float32 [C] (effective numbers, Cui et al. 2019)."""
+    n = torch.as_tensor(counts).double()
+    a = torch.as_tensor(predicted).double()
     b = (n - 1) / n
     weights = 1 / ((1 - b**a) * n + 1e-5)
     return (weights * len(n) / weights.sum()).float()
 
 
-def reat_tail_loss(features, y, counts, variant="official") -> torch.Tensor:
-    """REAT's tail term (Li et al. 2023): for each sample i of the tail third of the classes, over all j of the batch,
-    s_ij W_ij KL(softmax f_i || softmax f_j), s = -1 within a class and +1 between, W = u_yi + u_yj, u_c = sqrt(N/n_c),
-    f_i detached; mean over j and anchors; 0 without a tail sample. features: float [B,d]; y: int64 [B]. 'intended' is
-    that; 'official' what the released code computes: its criterion averages over B and d before the signs and weights
-    come in, so that one number per anchor remains. ValueError for another variant."""
-    if variant not in ("official", "intended"):
-        raise ValueError(f"variant {variant!r}: want 'official' or 'intended'")
-    (features,) = _float32(features)
+def reat_tail_loss(features, y, counts) -> torch.Tensor:
+    """REAT's tail term (Li et al. 2023) as its released code computes it. For each sample i of the
+    tail third of the classes: mean_j(s_ij W_ij) * mean_j KL(softmax f_i || softmax f_j) / d over
+    the batch, s = -1 within a class and +1 between, W = u_yi + u_yj, u_c = sqrt(N/n_c), f_i
+    detached; then the mean over these i, 0 without any. (The paper weights each pair of its own;
+    the code's criterion averages over j and d first.) features: float [B,d]; y: int64 [B]."""
+    features = _float32(features)
     counts = torch.as_tensor(counts).to(features)
-    log_p, u = F.log_softmax(features, 1), (counts.sum() / counts).sqrt()[y]
-    target, is_tail = log_p.detach(), (y > 2 * (len(counts) // 3)).to(features.dtype)
-    divergence = (target.exp() * target).sum(1)[:, None] - target.exp() @ log_p.T  # [i,j] = KL(i || j)
-    weights = (1 - 2 * (y[:, None] == y[None]).to(features.dtype)) * (u[:, None] + u[None])
-    if variant == "official":
-        divergence = divergence.mean(1, keepdim=True) / features.shape[1]
+    is_tail = (y > 2 * (len(counts) // 3)).to(features.dtype)
+    log_p = F.log_softmax(features, 1)
+    target = log_p.detach()
+    entropy = (target.exp() * target).sum(1)[:, None]
+    divergence = entropy - target.exp() @ log_p.T  # [i,j] = KL(i || j)
+    divergence = divergence.mean(1, keepdim=True) / features.shape[1]
+    same_class = (y[:, None] == y[None]).to(features.dtype)
+    u = (counts.sum() / counts).sqrt()[y]
+    weights = (1 - 2 * same_class) * (u[:, None] + u[None])
     per_anchor = (weights * divergence).mean(1)
     return (per_anchor * is_tail).sum() / is_tail.sum().clamp_min(1)
 
 
 @contextlib.contextmanager
 def awp_perturbation(model, loss_fn, gamma):
-    """AWP (Wu et al. 2020): inside, every weight tensor w with more than one dimension is w + v, with v = gamma |w|
-    g/|g| and g the gradient of loss_fn() at w; afterwards v is subtracted again. gamma 0 does nothing at all. The
-    ascent's own forward leaves the model's buffers as they were. Frozen and unused weights stay; v is 0 where g is not
-    finite, since NaN could not be subtracted again."""
-    if not gamma:
+    """AWP (Wu et al. 2020): inside, every weight tensor w with more than one dimension is w + v,
+    with v = gamma |w| g/|g| and g the gradient of loss_fn() at w; afterwards v is subtracted again.
+    gamma 0 does nothing at all. The ascent's own forward leaves the model's buffers as they were.
+    Frozen and unused weights stay; v is 0 where g is not finite, since NaN could not be subtracted
+    again."""
+    if gamma == 0:
         yield
         return
-    named = [(n, p) for n, p in model.named_parameters() if n.endswith("weight") and p.dim() > 1 and p.requires_grad]
-    buffers, kept = list(model.buffers()), [buffer.clone() for buffer in model.buffers()]
+    weights = []
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight") and parameter.dim() > 1 and parameter.requires_grad:
+            weights.append(parameter)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        gradients = torch.autograd.grad(loss_fn(), [p for _, p in named], allow_unused=True)
+        gradients = torch.autograd.grad(loss_fn(), weights, allow_unused=True)
     finally:
-        torch._foreach_copy_(buffers, kept)
-    weights, gradients = zip(*[(p, g) for (_, p), g in zip(named, gradients) if g is not None])
-    average_over_ranks(gradients)
-    ratios = [gamma * w.detach().norm() / (g.norm() + 1e-20) for w, g in zip(weights, gradients)]
-    steps = [step.nan_to_num_(0, 0, 0) for step in torch._foreach_mul(gradients, ratios)]
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    used = [(weight, g) for weight, g in zip(weights, gradients) if g is not None]
+    average_over_ranks([g for _, g in used])
+    steps = []
+    for weight, g in used:
+        ratio = gamma * weight.detach().norm() / (g.norm() + 1e-20)
+        steps.append((weight, (g * ratio).nan_to_num_(0, 0, 0)))
     with torch.no_grad():
-        torch._foreach_add_(weights, steps)
+        for weight, step in steps:
+            weight.add_(step)
     try:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_sub_(weights, steps)
+            for weight, step in steps:
+                weight.sub_(step)
 
 
 @dataclass
 class Batch:
-    """What an outer loss may look at. student(x) -> logits, with_features=True: (logits, features), in train mode;
-    teacher(x) -> logits, no gradient; a method's own setting is a Config field, read as cfg.NAME."""
+    """What an outer loss may look at. student(x) -> logits, with_features=True: (logits, features),
+    in train mode; teacher(x) -> logits, no gradient; a method's own setting is a Config field, read
+    as cfg.NAME."""
 
     student: Callable
     x: torch.Tensor
@@ -368,54 +434,68 @@ class Batch:
     y: torch.Tensor
     counts: torch.Tensor  # training images per class
     cfg: Config
-    alpha: float | torch.Tensor = 0.0  # this epoch's weight of the distillation; a tensor in a captured step
+    alpha: float | torch.Tensor = 0.0  # the epoch's weight of the distillation; a tensor in a graph
     teacher: Callable | None = None
 
 
-# The outer losses, one for each row of METHODS: Batch -> (scalar, logits at x'). On CUDA they are captured as a graph,
-# so no .item() and no `if` on tensors; AWP calls them twice.
-def _ltsd(b):
-    """The paper: balanced softmax at x' plus alpha times the distillation from the balanced self-teacher."""
-    logits = b.student(b.x_adv)
-    if b.cfg.kd == "kl":
-        distillation = distillation_loss(logits, b.teacher(b.x_adv))
+# The outer losses, one for each row of METHODS: Batch -> (scalar, logits at x'). On CUDA they are
+# captured as a graph, so no .item() and no `if` on tensors; AWP calls them twice.
+def _ltsd(batch):
+    """The paper: balanced softmax at x' plus alpha times the distillation from the self-teacher."""
+    logits = batch.student(batch.x_adv)
+    if batch.cfg.kd == "kl":
+        distillation = distillation_loss(logits, batch.teacher(batch.x_adv))
     else:
-        minus = 2 * b.x - b.x_adv  # x - d, not clipped, as in IGDM's code
-        teacher_plus, teacher_minus = b.teacher(torch.cat([b.x_adv, minus])).chunk(2)
-        distillation = igdm_loss(logits, b.student(minus), teacher_plus, teacher_minus)
-    return balanced_softmax_loss(logits, b.y, b.counts, b.cfg.tau) + b.alpha * distillation, logits
+        minus = 2 * batch.x - batch.x_adv  # x - d, not clipped, as in IGDM's code
+        student_minus = batch.student(minus)
+        teacher_plus, teacher_minus = batch.teacher(torch.cat([batch.x_adv, minus])).chunk(2)
+        distillation = igdm_loss(logits, student_minus, teacher_plus, teacher_minus)
+    fit = balanced_softmax_loss(logits, batch.y, batch.counts, batch.cfg.tau)
+    return fit + batch.alpha * distillation, logits
 
 
-def _at_bsl(b):
-    logits = b.student(b.x_adv)
-    return balanced_softmax_loss(logits, b.y, b.counts, b.cfg.tau), logits
+def _at_bsl(batch):
+    logits = batch.student(batch.x_adv)
+    return balanced_softmax_loss(logits, batch.y, batch.counts, batch.cfg.tau), logits
 
 
-def _pgd_at(b):
-    logits = b.student(b.x_adv)
-    return F.cross_entropy(logits, b.y), logits
+def _pgd_at(batch):
+    logits = batch.student(batch.x_adv)
+    return F.cross_entropy(logits, batch.y), logits
 
 
-def _trades(b, loss=trades_loss):
-    logits, logits_adv = b.student(b.x), b.student(b.x_adv)
-    return loss(logits, logits_adv, b.y, b.cfg.beta), logits_adv
+def _trades(batch):
+    logits = batch.student(batch.x)
+    logits_adv = batch.student(batch.x_adv)
+    return trades_loss(logits, logits_adv, batch.y, batch.cfg.beta), logits_adv
 
 
-def _robal(b):
+def _mart(batch):
+    logits = batch.student(batch.x)
+    logits_adv = batch.student(batch.x_adv)
+    return mart_loss(logits, logits_adv, batch.y, batch.cfg.beta), logits_adv
+
+
+def _robal(batch):
     # RoBal-R's published constants: its CIFAR-10 row up to 10 classes, its CIFAR-100 row beyond
-    constants = dict(margin=0.1, tau_b=1.5, tau_m=0.3) if len(b.counts) <= 10 else dict(margin=0.3, tau_b=0, tau_m=0)
-    scores, scores_adv = b.student(b.x), b.student(b.x_adv)
-    return robal_loss(scores, scores_adv, b.y, b.counts, scale=10.0, beta=b.cfg.beta, **constants), scores_adv
+    constants = dict(scale=10.0, margin=0.1, tau_b=1.5, tau_m=0.3)
+    if len(batch.counts) > 10:
+        constants = dict(scale=10.0, margin=0.3, tau_b=0, tau_m=0)
+    scores = batch.student(batch.x)
+    scores_adv = batch.student(batch.x_adv)
+    beta = batch.cfg.beta
+    loss = robal_loss(scores, scores_adv, batch.y, batch.counts, beta=beta, **constants)
+    return loss, scores_adv
 
 
-def _reat(b):
-    logits, features = b.student(b.x_adv, with_features=True)
-    tail = reat_tail_loss(features, b.y, b.counts, b.cfg.reat_tail)
-    return balanced_softmax_loss(logits, b.y, b.counts, b.cfg.tau) + tail, logits
+def _reat(batch):
+    logits, features = batch.student(batch.x_adv, with_features=True)
+    fit = balanced_softmax_loss(logits, batch.y, batch.counts, batch.cfg.tau)
+    return fit + reat_tail_loss(features, batch.y, batch.counts), logits
 
 
-# What training attacks ascend: (logits at x', y, aux) -> a mean over the images. aux, a tensor or None, comes from the
-# row's `aux`, once per batch.
+# What training attacks ascend: (logits at x', y, aux) -> a mean over the images. aux, a tensor or
+# None, comes from the row's `aux`, once per batch.
 def cross_entropy_objective(logits, y, aux=None):
     """Mean cross-entropy, what PGD ascends (Madry et al. 2018); aux is not used."""
     return F.cross_entropy(logits, y)
@@ -427,9 +507,22 @@ def kl_objective(logits, y, aux):
 
 
 def weighted_objective(logits, y, aux):
-    """Class-weighted cross-entropy, what REAT's attack ascends; aux: weights [C]. With eval-mode batch norm each
-    image's gradient is only scaled, so that its sign steps are those of plain cross-entropy."""
+    """Class-weighted cross-entropy, what REAT's attack ascends; aux: weights [C]. With eval-mode
+    batch norm each image's gradient is only scaled, so that its sign steps are those of plain
+    cross-entropy."""
     return F.cross_entropy(logits, y, weight=aux)
+
+
+def _no_aux(frozen, x, counts, predicted):
+    return None
+
+
+def _clean_log_probabilities(frozen, x, counts, predicted):
+    return F.log_softmax(frozen(x), 1)
+
+
+def _reat_weights(frozen, x, counts, predicted):
+    return reat_class_weights(counts, predicted)
 
 
 @dataclass(frozen=True)
@@ -437,48 +530,77 @@ class Method:
     """A row of the comparison."""
 
     loss: Callable  # Batch -> (scalar, logits at x')
-    objective: Callable | None = cross_entropy_objective  # what the training attack ascends; None: x' = x
+    objective: Callable | None = cross_entropy_objective  # of the training attack; None: x' = x
     init: str = "gauss"  # where the attack starts
-    aux: Callable = lambda frozen, x, counts, predicted: None  # -> the objective's third argument
+    aux: Callable = _no_aux  # (frozen, x, counts, predicted) -> the objective's third argument
+    uses: tuple = ("alpha", "tau", "beta", "kd")  # which of these settings the loss reads
     head: str = "linear"
     awp: float = 0.0  # gamma of the weight perturbation around the step
     teacher: bool = False  # needs the self-teacher
-    low_precision: bool = True  # may the attack's convolutions be bf16? Not where the objective is flat at x
+    low_precision: bool = True  # may the attack be bf16? Not where the objective is flat at x
     official: dict = field(default_factory=dict)  # the method's own published settings ...
     official_data: tuple = ()  # ... and the data sets they were published for
 
 
-# A row may be added from outside, as the README shows.
-# Published settings: robust_overfitting's (pgd-at), the methods' own; RoBal's with an ordinary step decay.
-# fmt: off
-LT, RICE = ("cifar10", "cifar100"), dict(epochs=200, milestones="0.5,0.75")
+# A row may be added from outside, as the README shows. Published settings: robust_overfitting's
+# (pgd-at), the methods' own; RoBal's with an ordinary step decay.
+CIFAR = ("cifar10", "cifar100")
+RICE = dict(epochs=200, milestones="0.5,0.75")
 METHODS = {
-    "natural": Method(_pgd_at, objective=None),
-    "pgd-at":  Method(_pgd_at, init="uniform", official_data=LT, official=RICE),
-    # in bf16 TRADES' attack loses 6 % of its strength: next to x its gradient is small against the rounding
-    "trades":  Method(_trades, kl_objective, low_precision=False, official_data=("cifar10",),
-                      aux=lambda frozen, x, counts, predicted: F.log_softmax(frozen(x), 1),
-                      official=dict(epochs=76, milestones="0.974", weight_decay=2e-4)),
-    "mart":    Method(functools.partial(_trades, loss=mart_loss), official_data=("cifar10",),
-                      official=dict(epochs=120, lr=0.01, weight_decay=3.5e-3, beta=5.0, milestones=".617,.742,.825")),
-    "awp":     Method(_pgd_at, init="uniform", awp=0.01, official_data=LT, official=RICE),
-    "robal":   Method(_robal, head="cosine", official_data=LT,
-                      official=dict(epochs=80, milestones="0.75,0.9375", batch_size=64, weight_decay=2e-4)),
-    "reat":    Method(_reat, weighted_objective, "uniform", official_data=LT,
-                      aux=lambda frozen, x, counts, predicted: reat_class_weights(counts, predicted),
-                      official=dict(epochs=80, milestones="0.75,0.9375")),
-    "at-bsl":  Method(_at_bsl, official_data=(*LT, "tinyimagenet"), official=dict(milestones="0.74,0.89,0.99")),
-    "ltsd":    Method(_ltsd, teacher=True, official_data=(*LT, "tinyimagenet")),
+    "natural": Method(_pgd_at, objective=None, uses=()),
+    "pgd-at": Method(_pgd_at, init="uniform", uses=(), official=RICE, official_data=CIFAR),
+    "trades": Method(
+        _trades,
+        kl_objective,
+        aux=_clean_log_probabilities,
+        uses=("beta",),
+        low_precision=False,  # near x rounding drowns its gradient: bf16 is 6 % weaker
+        official=dict(epochs=76, milestones="0.974", weight_decay=2e-4),
+        official_data=("cifar10",),
+    ),
+    "mart": Method(
+        _mart,
+        uses=("beta",),
+        official=dict(
+            epochs=120, lr=0.01, weight_decay=3.5e-3, beta=5.0, milestones=".617,.742,.825"
+        ),
+        official_data=("cifar10",),
+    ),
+    "awp": Method(_pgd_at, init="uniform", uses=(), awp=0.01, official=RICE, official_data=CIFAR),
+    "robal": Method(
+        _robal,
+        uses=("beta",),
+        head="cosine",
+        official=dict(epochs=80, milestones="0.75,0.9375", batch_size=64, weight_decay=2e-4),
+        official_data=CIFAR,
+    ),
+    "reat": Method(
+        _reat,
+        weighted_objective,
+        init="uniform",
+        aux=_reat_weights,
+        uses=("tau",),
+        official=dict(epochs=80, milestones="0.75,0.9375"),
+        official_data=CIFAR,
+    ),
+    "at-bsl": Method(
+        _at_bsl,
+        uses=("tau",),
+        official=dict(milestones="0.74,0.89,0.99"),
+        official_data=(*CIFAR, "tinyimagenet"),
+    ),
+    "ltsd": Method(
+        _ltsd, uses=("alpha", "tau", "kd"), teacher=True, official_data=(*CIFAR, "tinyimagenet")
+    ),
 }
-# fmt: on
 
 
-# 4  Step and attack ===================================================================================================
+# 4  Step and attack ===============================================================================
 # One step: x_adv <- clip to [0,1] of clip to [x-eps, x+eps] of (x_adv + step_size * sign(grad))
 def pgd_step_reference(x_adv, grad, x, step_size, eps) -> torch.Tensor:
-    """One L-inf PGD step in plain PyTorch: the truth that the kernel equals bit for bit. x_adv, x: float32 in [0,1],
-    any shape; grad: that shape, any float dtype; step_size, eps: fractions of the pixel range. sign(0) and sign(NaN)
-    are 0. Returns a new tensor."""
+    """One L-inf PGD step in plain PyTorch: the truth that the kernel equals bit for bit. x_adv, x:
+    float32 in [0,1], any shape; grad: that shape, any float dtype; step_size, eps: fractions of the
+    pixel range. sign(0) and sign(NaN) are 0. Returns a new tensor."""
     sign = (grad > 0).to(x.dtype) - (grad < 0).to(x.dtype)
     moved = x_adv + step_size * sign
     projected = torch.minimum(torch.maximum(moved, x - eps), x + eps)
@@ -488,8 +610,17 @@ def pgd_step_reference(x_adv, grad, x, step_size, eps) -> torch.Tensor:
 if triton:
 
     @triton.jit
-    def _pgd_step_kernel(adv_ptr, grad_ptr, x_ptr, low_ptr, n, step_size, eps, LOW: tl.constexpr, BLOCK: tl.constexpr):
-        # All [n]: x_adv float32, overwritten; grad any float type; x float32; low any float type, written if LOW
+    def _pgd_step_kernel(
+        adv_ptr,  # [n] float32, overwritten
+        grad_ptr,  # [n] any float type
+        x_ptr,  # [n] float32
+        low_ptr,  # [n] any float type, written if LOW
+        n,
+        step_size,
+        eps,
+        LOW: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < n
         x_adv = tl.load(adv_ptr + offsets, mask=mask)
@@ -506,124 +637,197 @@ if triton:
             tl.store(low_ptr + offsets, result.to(low_ptr.dtype.element_ty), mask=mask)
 
 
-STEP_BLOCK = 1024  # 4 warps of 32 threads take 8 values each: two 16-byte float32 loads, one 16-bit one
+STEP_BLOCK = 1024  # 4 warps of 32 threads take 8 values each: two 16-byte float32 loads, one 16-bit
+
+
+def _check_step(x, x_adv, grad, out_low):
+    """ValueError unless all share shape, device and a layout without gaps, in types pgd_step takes:
+    the kernel walks memory, so that another layout would silently pair the wrong pixels."""
+    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    wanted = (x.shape, x.stride(), x.device)
+    for name, tensor in dict(x=x, x_adv=x_adv, grad=grad, out_low=out_low).items():
+        exact = name in ("x", "x_adv")
+        dtypes = (torch.float32,) if exact else tuple(AMP_DTYPE.values())
+        fits = (tensor.shape, tensor.stride(), tensor.device) == wanted and tensor.dtype in dtypes
+        if not fits or not (x.is_contiguous() or channels_last):
+            said = f"{tensor.dtype} {list(tensor.shape)} {tensor.stride()} {tensor.device}"
+            want = f"float32 {list(x.shape)} {x.stride()} {x.device} without gaps"
+            raise ValueError(f"{name} is {said}: want {want} (grad, out_low: or bf16, fp16)")
 
 
 def pgd_step(x_adv, grad, x, step_size, eps, out_low=None) -> torch.Tensor:
-    """One L-inf PGD step in place on x_adv; also writes the copy that the next low-precision forward reads. x_adv, x:
-    float32; grad: float32, bfloat16 or float16; out_low: None or one of those types; all of one shape, device and
-    memory layout (contiguous or channels_last), of any size. A fused Triton kernel on CUDA, and on any device when
-    TRITON_INTERPRET=1; else the reference. Returns x_adv. ValueError on a mismatch: the kernel walks memory, so that
-    another layout would silently pair the wrong pixels."""
-    dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    for name, t in {"x": x, "x_adv": x_adv, "grad": grad, "out_low": grad if out_low is None else out_low}.items():
-        layout, wanted = ((list(u.shape), u.stride(), str(u.device)) for u in (t, x))
-        if layout != wanted or not dense or t.dtype not in ((torch.float32,) if name[0] == "x" else AMP_DTYPE.values()):
-            want = f"{wanted} without gaps; x, x_adv float32, the others float32, bf16 or fp16"
-            raise ValueError(f"{name} is {t.dtype}, shape, strides, device {layout}: want {want}")
+    """One L-inf PGD step in place on x_adv; also writes the copy that the next low-precision
+    forward reads. x_adv, x: float32; grad: float32, bfloat16 or float16; out_low: None or one of
+    those types; all of one shape, device and memory layout (contiguous or channels_last), of any
+    size. A fused Triton kernel on CUDA, and on any device when TRITON_INTERPRET=1; else the
+    reference. Returns x_adv. ValueError on a mismatch."""
+    _check_step(x, x_adv, grad, grad if out_low is None else out_low)
     if triton and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        n, low = x.numel(), x_adv if out_low is None else out_low
-        if n:
+        n = x.numel()
+        low = x_adv if out_low is None else out_low
+        if n > 0:
             with torch.cuda.device_of(x):
                 kernel = _pgd_step_kernel[(triton.cdiv(n, STEP_BLOCK),)]
                 kernel(x_adv, grad, x, low, n, step_size, eps, out_low is not None, STEP_BLOCK)
         return x_adv
     with torch.no_grad():
         x_adv.copy_(pgd_step_reference(x_adv, grad, x, step_size, eps))
-    if out_low is not None:
-        out_low.copy_(x_adv)
+        if out_low is not None:
+            out_low.copy_(x_adv)
     return x_adv
 
 
+def foldable_pairs(model):
+    """[(name of a convolution, name of the batch norm of its output alone)], from `folds`."""
+    modules = dict(model.named_modules())
+    pairs = []
+    for name, module in modules.items():
+        for conv, norm in getattr(module, "folds", ()):
+            conv = f"{name}.{conv}".lstrip(".")
+            norm = f"{name}.{norm}".lstrip(".")
+            if norm in modules:  # a shortcut may be empty
+                pairs.append((conv, norm))
+    return pairs
+
+
 class FrozenCopy(nn.Module):
-    """What an attack needs of a Net and no more: eval mode, no parameter gradients, convolutions in `dtype`, each with
-    the batch norm of its output folded in, float32 head. Images in [0,1] of any float dtype -> float32 logits. It
-    follows its source when `refresh` is called, in place, so that compiled code and captured graphs, which `speed_up`
-    adds for given batch sizes, see the new weights. Batches of any other size run as they are."""
+    """What an attack needs of a Net and no more: eval mode, no parameter gradients, convolutions in
+    `dtype`, each with the batch norm of its output folded in, float32 head. Images in [0,1] of any
+    float dtype -> float32 logits. It follows its source when `refresh` is called, in place, so that
+    compiled code and captured graphs, which `speed_up` adds for given batch sizes, see the new
+    weights. Batches of any other size run as they are. `overflows` counts the gradients of training
+    attacks that float16 could not hold."""
 
     def __init__(self, model, dtype=torch.float32):
         super().__init__()
-        self.net, self.dtype = copy.deepcopy(model).eval().requires_grad_(False), dtype
-        self.compiled, self.sizes, self.graphs, self.capture = None, (), {}, None
-        modules = dict(model.named_modules())
-        pairs = ((name, *pair) for name, module in modules.items() for pair in getattr(module, "folds", ()))
-        folds = {f"{name}.{norm}".lstrip("."): f"{name}.{conv}".lstrip(".") for name, conv, norm in pairs}
-        folds = {norm: conv for norm, conv in folds.items() if norm in modules}  # a shortcut may be empty
-        for norm, conv in folds.items():
-            own = self.net.get_submodule(conv)
-            own.bias = nn.Parameter(own.weight.new_zeros(own.out_channels), requires_grad=False)
+        self.net = copy.deepcopy(model).eval().requires_grad_(False)
+        self.dtype = dtype
+        self.compiled = self.net
+        self.compiled_sizes = ()
+        self.graphs = None
+        self.overflows = torch.zeros((), device=next(model.parameters()).device)
+        pairs = foldable_pairs(model)
+        self.convs = [model.get_submodule(conv) for conv, _ in pairs]
+        self.norms = [model.get_submodule(norm) for _, norm in pairs]
+        copies = [self.net.get_submodule(conv) for conv, _ in pairs]
+        for conv in copies:
+            bias = conv.weight.new_zeros(conv.out_channels)
+            conv.bias = nn.Parameter(bias, requires_grad=False)
+        for _, norm in pairs:
             self.net.set_submodule(norm, nn.Identity())
         for module in self.net.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(dtype)
         # what `refresh` reads, and where it goes
-        self.norms, self.convs = [modules[n] for n in folds], [modules[n] for n in folds.values()]
-        own, rest = [self.net.get_submodule(n) for n in folds.values()], model.state_dict(keep_vars=True)
-        rest = {k: v for k, v in rest.items() if k.rpartition(".")[0] not in {*folds, *folds.values()}}
-        copies, self.rest = self.net.state_dict(keep_vars=True), list(rest.values())
-        self.targets = [conv.weight for conv in own] + [conv.bias for conv in own] + [copies[k] for k in rest]
+        folded = set(itertools.chain(*pairs))
+        copied = self.net.state_dict(keep_vars=True)
+        self.rest = []
+        self.targets = [conv.weight for conv in copies] + [conv.bias for conv in copies]
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name.rpartition(".")[0] not in folded:
+                self.rest.append(tensor)
+                self.targets.append(copied[name])
         self.refresh()
 
     @torch.no_grad()
     def refresh(self):
-        """Take over the source's present weights and running statistics: w' = w s, b' = beta - mean s, with s = weight
-        / sqrt(var + eps), for all layers in a handful of multi-tensor operations."""
-        scale = torch._foreach_add([n.running_var for n in self.norms], [n.eps for n in self.norms])
-        torch._foreach_sqrt_(scale)
-        scale = torch._foreach_div([norm.weight for norm in self.norms], scale)
-        shift = torch._foreach_mul([norm.running_mean for norm in self.norms], scale)
-        shift = torch._foreach_sub([norm.bias for norm in self.norms], shift)
-        sources = [conv.weight * s.view(-1, 1, 1, 1) for conv, s in zip(self.convs, scale)] + list(shift) + self.rest
-        for kind in {t.dtype for t in self.targets}:  # a mixed list would lose the fused path
-            pairs = [(t, v) for t, v in zip(self.targets, sources, strict=True) if t.dtype == kind]
-            torch._foreach_copy_(*map(list, zip(*pairs)))
+        """Take over the source's present weights and running statistics: w' = w s, b' = beta - mean
+        s, with s = weight / sqrt(var + eps), for all layers in a few multi-tensor operations."""
+        norms = self.norms
+        variances = torch._foreach_add([n.running_var for n in norms], [n.eps for n in norms])
+        scales = torch._foreach_div([n.weight for n in norms], torch._foreach_sqrt(variances))
+        means = torch._foreach_mul([n.running_mean for n in norms], scales)
+        shifts = torch._foreach_sub([n.bias for n in norms], means)
+        weights = [conv.weight * s.view(-1, 1, 1, 1) for conv, s in zip(self.convs, scales)]
+        sources = weights + list(shifts) + self.rest
+        for dtype in {target.dtype for target in self.targets}:  # a mixed list would be slow
+            chosen = [i for i, target in enumerate(self.targets) if target.dtype == dtype]
+            targets = [self.targets[i] for i in chosen]
+            torch._foreach_copy_(targets, [sources[i] for i in chosen])
         return self
 
     def speed_up(self, *sizes):
-        """Compile the forward for batches of these sizes; on CUDA also capture whole attacks as graphs."""
-        self.compiled, self.sizes = torch.compile(self.net, dynamic=False), sizes
-        self.capture = capture_cuda_graph if self.targets[0].is_cuda else None
+        """Compile the forward for batches of these sizes; on CUDA also capture whole attacks."""
+        self.compiled = torch.compile(self.net, dynamic=False)
+        self.compiled_sizes = sizes
+        if self.targets[0].is_cuda:
+            self.graphs = GraphCache(pixels_differ)
         return self
 
     def forward(self, x):
-        net = self.compiled if len(x) in self.sizes else self.net
-        return net(x.to(self.dtype, memory_format=torch.channels_last))  # another layout would be another graph
+        net = self.compiled if len(x) in self.compiled_sizes else self.net
+        return net(x.to(self.dtype, memory_format=torch.channels_last))  # one layout, one graph
 
 
-def capture_cuda_graph(fn, inputs):
-    """Warm fn up and capture fn(*inputs) as a CUDA graph -> (what replays it, its result)."""
+def capture_cuda_graph(function, inputs):
+    """Warm up and capture function(*inputs) as a CUDA graph -> (what replays it, its result)."""
     with torch.cuda.device(inputs[0].device):
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side):  # also sets the stream back where capturing fails
             for _ in range(3):
-                fn(*inputs)
+                function(*inputs)
+            # NCCL's own thread may call CUDA meanwhile
+            mode = "thread_local" if WORLD > 1 else "global"
+            with torch.cuda.graph(graph, stream=side, capture_error_mode=mode):
+                result = function(*inputs)
         torch.cuda.current_stream().wait_stream(side)
-        # NCCL's own thread may call CUDA meanwhile
-        with torch.cuda.graph(graph, capture_error_mode="thread_local" if WORLD > 1 else "global"):
-            result = fn(*inputs)
     return graph.replay, result
 
 
-def replayed(graphs, key, fn, inputs, capture, changed=tuple):
-    """fn(*inputs) as a CUDA graph, captured when first called: one for each key (settings) and shape, so that an
-    evaluation does not push out the training's. changed(): the tensors that fn updates, which capturing leaves as they
-    were. The result is valid until the next replay."""
-    key = (key, *(t.shape for t in inputs))
-    if key not in graphs:
-        buffers, kept = [t.clone() for t in inputs], [(t, t.clone()) for t in changed()]
-        graphs[key] = (buffers, *capture(fn, buffers))
-        for tensor, before in kept:
-            tensor.copy_(before)
-    buffers, replay, result = graphs[key]
-    torch._foreach_copy_(buffers, list(inputs))
-    replay()
-    return result
+def pixels_differ(got, wanted):
+    """Whether more than 1 % of the pixels of two attacks' images differ."""
+    return not (got[0] != wanted[0]).float().mean() <= 0.01
+
+
+class GraphCache:
+    """Functions of tensors as CUDA graphs: one for each key and each shape of the inputs, so that
+    an evaluation does not push out the training's. A graph is captured at its first call, on other
+    values than it then replays, and compared with the function itself: RuntimeError where
+    differ(got, wanted) says so. updates(): the tensors that the functions change in place."""
+
+    def __init__(self, differ, updates=tuple):
+        self.differ = differ
+        self.updates = updates
+        self.graphs = {}
+
+    def call(self, key, function, inputs):
+        """function(*inputs), a tuple of tensors, valid until the next call."""
+        key = (key, *[tensor.shape for tensor in inputs])
+        if key not in self.graphs:
+            return self._first_call(key, function, inputs)
+        buffers, replay, result = self.graphs[key]
+        torch._foreach_copy_(buffers, inputs)
+        replay()
+        return result
+
+    def _first_call(self, key, function, inputs):
+        updated = self.updates()
+        before = [tensor.clone() for tensor in updated]
+        wanted = [tensor.clone() for tensor in function(*inputs)]
+        changes = torch._foreach_sub(updated, before) if before else []
+        buffers = [tensor.roll(1, 0) if tensor.dim() else tensor / 2 for tensor in inputs]
+        self._restore(updated, before)
+        replay, result = capture_cuda_graph(function, buffers)
+        self._restore(updated, before)
+        torch._foreach_copy_(buffers, inputs)
+        replay()
+        changed = torch._foreach_sub(updated, before) if before else []
+        if self.differ([*result, *changed], [*wanted, *changes]):
+            raise RuntimeError("a CUDA graph differs from what it was captured from")
+        self.graphs[key] = (buffers, replay, result)
+        return result
+
+    @staticmethod
+    def _restore(updated, before):
+        for tensor, value in zip(updated, before):
+            tensor.copy_(value)
 
 
 @contextlib.contextmanager
 def eval_mode(model):
-    """Put a module into eval mode inside, and every submodule back into its own mode afterwards."""
+    """Put a module into eval mode inside, and every submodule back into its mode afterwards."""
     training = [module for module in model.modules() if module.training]
     try:
         yield model.eval()
@@ -633,76 +837,126 @@ def eval_mode(model):
 
 
 def check_images(x, y, dtypes=(torch.float32,)):
-    """Raise ValueError unless x is NCHW in [0,1] of one of `dtypes` and y int64 [N] on the same device."""
-    said = [f"{t.dtype} {list(t.shape)} on {t.device}" if torch.is_tensor(t) else str(type(t)) for t in (x, y)]
-    fits = torch.is_tensor(x) and x.ndim == 4 and x.dtype in dtypes
-    if not fits or said[1] != f"torch.int64 [{len(x)}] on {x.device}":
-        raise ValueError(f"want x {dtypes[0]} [N,C,H,W], y int64 [N] on its device; got {said[0]}, {said[1]}")
-    if x.numel() and not (x.min() >= 0 and x.max() <= 1):  # a NaN fails both
-        raise ValueError(f"x spans [{x.min():g}, {x.max():g}]: images must lie in [0,1]; divide by 255?")
+    """ValueError unless x is NCHW of one of `dtypes`, floats in [0,1], and y int64 [N] beside it;
+    also under torch.inference_mode."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("attacks need gradients: call them outside torch.inference_mode()")
+    given = [type(x), type(y)]
+    fits = torch.is_tensor(x) and torch.is_tensor(y)
+    if fits:
+        given = [x.dtype, list(x.shape), y.dtype, list(y.shape), f"on {x.device}, {y.device}"]
+        fits = x.ndim == 4 and x.dtype in dtypes and y.shape == x.shape[:1]
+        fits = fits and y.dtype == torch.int64 and y.device == x.device
+    if not fits:
+        raise ValueError(f"want images {dtypes[0]} [N,C,H,W] and labels int64 [N]; got {given}")
+    if x.is_floating_point() and x.numel() and not (x.min() >= 0 and x.max() <= 1):  # or NaN
+        span = f"[{x.min():g}, {x.max():g}]"
+        raise ValueError(f"x spans {span}: images must lie in [0,1]; divide by 255?")
 
 
-def pgd_attack(model, x, y, *, eps, step_size, steps, init="uniform", objective=None, aux=None, generator=None):
-    """L-inf PGD (Madry et al. 2018): signed gradient ascent of `objective` inside the eps-ball and [0,1]. model: any
-    nn.Module with inputs in [0,1], run in eval mode and left as it was (mode, buffers, gradients); a Net is replaced by
-    its FrozenCopy, a FrozenCopy taken as it is. x: float32 [N,C,H,W] in [0,1]; y: int64 [N]; eps, step_size: fractions
-    of the pixel range, in [0,1]; steps >= 0. init: 'uniform' U(-eps,eps), 'gauss' 0.001*N(0,1) as in TRADES, or 'none';
-    the start is clipped to the ball and to [0,1]. objective(logits, y, aux) -> scalar, default mean cross-entropy.
-    generator: of the start noise, on x's device. Returns the last iterate, detached. ValueError for other input."""
-    if not (0 <= eps <= 1 and 0 <= step_size <= 1 and steps >= 0 and init in ("uniform", "gauss", "none")):
-        given = f"eps {eps}, step_size {step_size}, steps {steps}, init {init!r}"
-        raise ValueError(f"{given}: want eps, step_size in [0,1] (divide by 255?), init uniform, gauss or none")
-    context = contextlib.nullcontext(model)  # a FrozenCopy, the training loop's way in: nothing to check or protect
-    if not isinstance(model, FrozenCopy):
-        check_images(x, y)
-        context = eval_mode(FrozenCopy(model) if isinstance(model, Net) else model)
-        x = x.clone(memory_format=torch.contiguous_format)  # a view with gaps becomes a dense tensor
-    x, noise = x.detach(), torch.zeros_like(x)
+def attack_start(x, init, eps, generator):
+    """x plus the start noise of an attack, clipped to the ball and to [0,1]."""
+    noise = torch.zeros_like(x)
     if init == "uniform":
         noise.uniform_(-eps, eps, generator=generator)
     elif init == "gauss":
         noise.normal_(0, 1e-3, generator=generator)
-    start = pgd_step_reference(x + noise, torch.zeros_like(x), x, 0.0, eps)
+    return pgd_step_reference(x + noise, torch.zeros_like(x), x, 0.0, eps)
+
+
+def pgd_attack(
+    model, x, y, *, eps, step_size, steps, init="uniform", objective=None, aux=None, generator=None
+) -> torch.Tensor:
+    """L-inf PGD (Madry et al. 2018): signed gradient ascent of `objective` inside the eps-ball and
+    [0,1]. model: any nn.Module with inputs in [0,1], run in eval mode and left as it was (mode,
+    buffers, gradients); a Net is replaced by its FrozenCopy, a FrozenCopy taken as it is. x:
+    float32 [N,C,H,W] in [0,1]; y: int64 [N]; eps, step_size: fractions of the pixel range, in
+    [0,1]; steps >= 0. init: 'uniform' U(-eps,eps), 'gauss' 0.001*N(0,1) as in TRADES, or 'none';
+    the start is clipped to the ball and to [0,1]. objective(logits, y, aux) -> scalar, default mean
+    cross-entropy. generator: of the start noise, on x's device. Returns the last iterate, detached.
+    ValueError for other input."""
+    radii_fit = 0 <= eps <= 1 and 0 <= step_size <= 1 and steps >= 0
+    if not radii_fit or init not in ("uniform", "gauss", "none"):
+        given = f"eps {eps}, step_size {step_size}, steps {steps}, init {init!r}"
+        raise ValueError(f"{given}: want [0,1] (divide by 255?), init uniform, gauss or none")
     settings = (objective or cross_entropy_objective, eps, step_size, steps)
-    inputs = [x, y, start] + ([] if aux is None else [aux])
-    with context as forward:
-        fn = functools.partial(_ascend, forward, *settings)
-        if getattr(forward, "capture", None) and len(x) in forward.sizes:
-            return replayed(forward.graphs, settings, fn, inputs, forward.capture)
-        return fn(*inputs)
+    extra = [] if aux is None else [aux]
+    if isinstance(model, FrozenCopy):  # the training loop's way in: nothing to check or protect
+        x = x.detach()
+        ascend = functools.partial(_ascend, model, *settings)
+        inputs = [x, y, attack_start(x, init, eps, generator), *extra]
+        if model.graphs is not None and len(x) in model.compiled_sizes:
+            return model.graphs.call(settings, ascend, inputs)[0]
+        return ascend(*inputs)[0]
+    check_images(x, y)
+    forward = FrozenCopy(model) if isinstance(model, Net) else ForeignNet(model)
+    x = x.detach().clone(memory_format=torch.contiguous_format)  # a view with gaps becomes dense
+    y = y.clone()  # it may come from inference mode
+    start = attack_start(x, init, eps, generator)
+    with eval_mode(forward):
+        return _ascend(forward, *settings, x, y, start, *extra)[0]
+
+
+class ForeignNet(nn.Module):
+    """A module that is not ours as images -> logits, on copies of the images. ValueError for what
+    is no module and for what returns something else."""
+
+    def __init__(self, model):
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model is {type(model)}: want an nn.Module")
+        self.model = model
+
+    def forward(self, x):
+        logits = self.model(x.clone())  # it may work in place
+        if not torch.is_tensor(logits) or logits.ndim != 2:
+            raise ValueError(
+                f"the model returned {type(logits)}: want logits, a tensor [N,classes]"
+            )
+        return logits
 
 
 def gradient_scale(net, count=1):
-    """What an objective, a mean over `count` images, is multiplied with before its gradient is taken: fp16 flushes to
-    zero what is below 6e-8, as a confident image's gradient is."""
-    return 2.0**10 * count if getattr(net, "dtype", None) == torch.float16 else 1.0
+    """What an objective, a mean over `count` images, is multiplied with before its gradient: fp16
+    flushes to zero what is below 6e-8, as a confident image's gradient is."""
+    if getattr(net, "dtype", torch.float32) == torch.float16:
+        return 2.0**10 * count
+    return 1.0
 
 
 def _ascend(forward, objective, eps, step_size, steps, x, y, start, aux=None):
-    """The attack's steps from `start`; forward: images in its own `dtype` (default float32) -> float32 logits."""
-    dtype, x_adv = getattr(forward, "dtype", torch.float32), start.clone()
-    low = None if dtype == torch.float32 else x_adv.to(dtype)
+    """(last iterate,) of the attack's steps from `start`; forward: images in its own `dtype`, by
+    default float32, -> float32 logits."""
+    dtype = getattr(forward, "dtype", torch.float32)
     scale = gradient_scale(forward, len(x))
+    x_adv = start.clone()
+    low = None if dtype == torch.float32 else x_adv.to(dtype)
     for _ in range(steps):
-        leaf = (x_adv if low is None else low).detach().requires_grad_()
+        seen = x_adv if low is None else low
+        leaf = seen.detach().requires_grad_()
         with torch.enable_grad():
             value = objective(forward(leaf), y, aux) * scale
         (grad,) = torch.autograd.grad(value, leaf)
+        if dtype == torch.float16:
+            forward.overflows += ~grad.isfinite().all()
         if grad.stride() != x.stride():
             grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
         pgd_step(x_adv, grad, x, step_size, eps, low)
-    return x_adv
+    return (x_adv,)
 
 
-# 5  Training ==========================================================================================================
+# 5  Training ======================================================================================
 def lr_at(epoch, epochs, lr, milestones=(0.75, 0.9)) -> float:
-    """The learning rate of an epoch (1 .. epochs): lr, a tenth of it after each milestone, a share of the epochs."""
-    return lr * 0.1 ** sum(epoch > round(share * epochs, 6) for share in milestones)
+    """The learning rate of an epoch (1 .. epochs): lr, a tenth of it after each milestone, a share
+    of the epochs; no drop before one epoch is complete."""
+    drops = sum(epoch > max(1, round(share * epochs, 6)) for share in milestones)
+    return lr * 0.1**drops
 
 
 def outer_step(row, batch, model, optimizer):
-    """The optimiser's step on a batch; returns (loss, logits at x'), detached. Under torchrun every rank steps with the
-    mean gradient and goes on with the mean running statistics, so that all attack one network."""
+    """The optimiser's step on a batch; returns (loss, logits at x'), detached. Under torchrun every
+    rank steps with the mean gradient and goes on with the mean running statistics, so that all
+    attack one network."""
     model.train()
     with awp_perturbation(model, lambda: row.loss(batch)[0], row.awp):
         loss, logits = row.loss(batch)
@@ -714,155 +968,271 @@ def outer_step(row, batch, model, optimizer):
     return loss.detach(), logits.detach()
 
 
-def training_nets(cfg, model):
-    """(student, frozen): the network as the outer loss calls it, in autocast, and its copy for the training attack.
-    Compiled for whole batches only. The model itself stays as it is: what is saved has no trace of the compiler."""
-    size = cfg.batch_size // WORLD
-    frozen = FrozenCopy(model, AMP_DTYPE[cfg.amp] if METHODS[cfg.method].low_precision else torch.float32)
-    compiled = torch.compile(model, dynamic=False) if cfg.compile == "on" else model
+class Trainer:
+    """A network in training with what its steps need: the frozen copy that is attacked, the
+    optimiser and, compiled, what speeds both up, for whole batches only. The model itself stays as
+    it is: what is saved has no trace of the compiler."""
+
+    def __init__(self, cfg, model, counts, teachers=(None, None)):
+        self.cfg = cfg
+        self.model = model
+        self.row = METHODS[cfg.method]
+        self.counts = torch.tensor(counts, dtype=torch.float32, device=cfg.device)
+        self.whole_batch = cfg.batch_size // WORLD
+        fast_teacher, exact_teacher = teachers  # images -> logits
+        self.teacher = exact_teacher if cfg.amp == "off" else fast_teacher
+        dtype = AMP_DTYPE[cfg.amp] if self.row.low_precision else torch.float32
+        self.frozen = FrozenCopy(model, dtype)
+        options = dict(weight_decay=cfg.weight_decay, fused=self.counts.is_cuda)
+        self.optimizer = torch.optim.SGD(model.parameters(), cfg.lr, cfg.momentum, **options)
+        self.compiled = model
+        self.graphs = None
+        if cfg.compile != "off":
+            self.compiled = torch.compile(model, dynamic=False)
+            self.frozen.speed_up(self.whole_batch)
+        if self.frozen.graphs is not None and WORLD == 1:
+            # at batch 32 the host would need longer for the optimiser's step than the device
+            self.graphs = GraphCache(self.steps_differ, self.updated_tensors)
+            for parameter in model.parameters():  # momentum stays where the graph looks for it
+                zero = torch.zeros_like(parameter)  # the same as none
+                self.optimizer.state[parameter] = {"momentum_buffer": zero}
+
+    def updated_tensors(self):
+        """What an optimiser's step changes in place."""
+        momentum = [state["momentum_buffer"] for state in self.optimizer.state.values()]
+        return [*self.model.state_dict().values(), *momentum]
+
+    def steps_differ(self, got, wanted):
+        """Whether two steps' losses, or changes of the weights, differ by more than rounding."""
+        limit = 2**-6 if self.cfg.amp == "bf16" else 1e-4
+        for part in (slice(0, 1), slice(2, None)):  # what is between them are the logits
+            ours = torch.cat([t.flatten() for t in got[part] if t.is_floating_point()])
+            theirs = torch.cat([t.flatten() for t in wanted[part] if t.is_floating_point()])
+            if not (ours - theirs).norm() <= limit * theirs.norm():
+                return True
+        return False
+
+    def student(self, x, **options):
+        """The network as the outer loss calls it: in autocast."""
+        network = self.compiled if len(x) == self.whole_batch else self.model
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.amp == "bf16"):
+            return network(x, **options)
+
+    def teacher_logits(self, x):
+        with torch.no_grad():
+            return self.teacher(x)
+
+    def attack(self, x, y, predicted, generator):
+        """The training attack's x'. predicted: how often each class was predicted, for REAT."""
+        self.frozen.refresh()
+        if self.row.objective is None:
+            return x
+        with torch.no_grad():
+            aux = self.row.aux(self.frozen, x, self.counts, predicted)
+        threat = dict(eps=self.cfg.eps / 255, step_size=self.cfg.step_size / 255)
+        threat |= dict(steps=self.cfg.steps, init=self.row.init, objective=self.row.objective)
+        return pgd_attack(self.frozen, x, y, aux=aux, generator=generator, **threat)
+
+    def step(self, x, x_adv, y, alpha, lr):
+        """The optimiser's step at x' -> (loss, logits at x')."""
+        if self.graphs is None or len(x) != self.whole_batch:
+            return self._eager_step(x, x_adv, y, alpha, lr)
+        alpha = torch.full((), alpha, device=x.device)
+        lr = torch.full((), lr, device=x.device)
+        return self.graphs.call("step", self._eager_step, [x, x_adv, y, alpha, lr])
+
+    def _eager_step(self, x, x_adv, y, alpha, lr):
+        fused = x.is_cuda  # a saved state may be another device's
+        self.optimizer.param_groups[0].update(lr=lr, fused=fused)
+        teacher = self.teacher_logits
+        batch = Batch(self.student, x, x_adv, y, self.counts, self.cfg, alpha, teacher)
+        return outer_step(self.row, batch, self.model, self.optimizer)
+
+    def state(self):
+        """Network and optimiser, as `load` takes them."""
+        return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
+
+    def load(self, state):
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def uses_float16(self):
+        """Whether one of the copies may overflow."""
+        return torch.float16 in (self.frozen.dtype, getattr(self.teacher, "dtype", None))
+
+
+def plainer(cfg, error, log) -> Config:
+    """The Config to repeat with what `error` has stopped: without float16 where that overflows,
+    uncompiled where compiled code or a graph fails. The error is raised where neither is to blame,
+    and as a UserError under --compile on."""
+    if isinstance(error, OverflowError):
+        log("float16 overflows: again, by float32 from here on")
+        return replace(cfg, amp="off", compile="off")
+    if cfg.compile == "off" or isinstance(error, (UserError, torch.OutOfMemoryError)):
+        raise error
+    reason = f"{type(error).__name__}: {first_line(error)}"
     if cfg.compile == "on":
-        frozen.speed_up(size)
-
-    @torch.autocast(torch.device(cfg.device).type, AMP_DTYPE[cfg.amp], enabled=cfg.amp != "off")
-    def student(x, **options):
-        return (compiled if len(x) == size else model)(x, **options)
-
-    return student, frozen
+        raise UserError(f"--compile on does not work here ({reason})") from error
+    log(f"again, uncompiled from here on ({reason})")
+    return replace(cfg, compile="off")
 
 
-def training_step(cfg, model, student, counts, teacher, capture):
-    """(optimizer, step): SGD, and a function (x, x_adv, y, alpha, lr) -> outer_step's result. With `capture`, in one
-    process, it is a CUDA graph for whole batches: at batch 32 the host would need longer than the device."""
-    options, graphs = dict(weight_decay=cfg.weight_decay, fused=counts.is_cuda), {}
-    optimizer = torch.optim.SGD(model.parameters(), cfg.lr, cfg.momentum, **options)
-    if capture:  # momentum stays where the graph looks for it; zero is the same as none
-        optimizer.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in model.parameters()})
+def train(cfg, data, path, log, teachers=(None, None)):
+    """Train a Net as cfg says on `data`, from the folder's state.pt on where there is one.
 
-    def changed():
-        return [*model.state_dict().values(), *(state["momentum_buffer"] for state in optimizer.state.values())]
+    data: Data on the training device; path: the run's folder; log: called with a line of text;
+    teachers: (fast, exact), images -> logits. Writes state.pt as it goes, a student's best.pt when
+    it is found, and last.pt at the end. Every epoch draws from generators of its own, so that a run
+    that goes on needs no state of a generator. UserError when the loss is no longer finite; what
+    was saved stays.
 
-    def eager(x, x_adv, y, alpha, lr):
-        optimizer.param_groups[0].update(lr=lr, fused=x.is_cuda)  # a saved state may be another device's
-        batch = Batch(student, x, x_adv, y, counts, cfg, alpha, teacher)
-        return outer_step(METHODS[cfg.method], batch, model, optimizer)
-
-    def step(x, x_adv, y, alpha, lr):
-        if not capture or WORLD > 1 or len(x) != cfg.batch_size:
-            return eager(x, x_adv, y, alpha, lr)
-        inputs = x, x_adv, y, *(torch.full((), number, device=x.device) for number in (alpha, lr))
-        return replayed(graphs, cfg.method, eager, inputs, capture, changed)
-
-    return optimizer, step
-
-
-def train(name, cfg, data, run, teacher=None) -> nn.Module:
-    """Train a Net as cfg says on `data`, going on from the run's state.pt where that holds a training of this name.
-
-    name: 'teacher' or 'student'; data: Data on the training device; run: Run; teacher: images -> logits. Saves state.pt
-    as it goes, the student's best.pt whenever a better epoch is saved, and teacher.pt or last.pt at the end. Every
-    epoch draws from generators of its own, so that a run that goes on needs no state of a generator. UserError when the
-    loss is no longer finite; what was saved before stays.
-
-    Under torchrun the ranks share batches as DistributedSampler would: equal shares, the last batch filled up from the
-    epoch's first images. Batch statistics, and terms that pair the images of a batch (REAT's), are a share's own."""
-    row, device = METHODS[cfg.method], data.train_images.device
+    Under torchrun the ranks share batches as DistributedSampler would: equal shares, the last batch
+    filled up from the epoch's first images. Batch statistics, and terms that pair the images of a
+    batch (REAT's), are a share's own."""
+    row = METHODS[cfg.method]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(cfg.seed, name, "weights"))
-        model = build_model(cfg.arch, len(data.classes), row.head).to(device)
-    counts = torch.tensor(data.counts, dtype=torch.float32, device=device)
-    # what is true after the last complete epoch; `predicted`: how often it predicted each class at x'
-    at = {"epoch": 0, "seconds": 0.0, "score": -1.0, "best": None, "predicted": counts.double().cpu()}
-    student, frozen = training_nets(cfg, model)
-    optimizer, optimise = training_step(cfg, model, student, counts, teacher, frozen.capture)
-    at = run.load_state(name, at, model, optimizer)
-    nets = scoring_nets(model, cfg, data.counts) if name == "student" else ()
-    threat = dict(eps=cfg.eps / 255, step_size=cfg.step_size / 255, steps=cfg.steps, objective=row.objective)
-    milestones, saved, cost = [float(share) for share in cfg.milestones.split(",")], -math.inf, 0.0
-    run.log(f"{name}: {cfg.method} on {len(data.train_labels)} images, {data.counts[0]} to {data.counts[-1]} a class")
-    first = at["epoch"] + 1
-    for epoch in range(first, cfg.epochs + 1):
-        began, lr = time.perf_counter(), lr_at(epoch, cfg.epochs, cfg.lr, milestones)
-        draws = torch.Generator().manual_seed(derive_seed(cfg.seed, name, epoch))
-        noise = torch.Generator(device).manual_seed(derive_seed(cfg.seed, name, epoch, "noise", RANK))
-        order = torch.randperm(len(data.train_labels), generator=draws)
-        order = torch.cat([order, order[: -len(order) % WORLD]]).to(device)
-        images, labels = augment(data.train_images[order], cfg.aug, draws), data.train_labels[order]
-        sums, predicted = torch.zeros(2, device=device), torch.zeros_like(counts)  # of loss and hits; per class
-        before, steps = at["predicted"].to(device), math.ceil(len(order) / cfg.batch_size)
-        for step in range(1, steps + 1):
-            share = slice((step - 1) * cfg.batch_size + RANK, step * cfg.batch_size, WORLD)
-            x, y = to_float(images[share]), labels[share]
-            frozen.refresh()
-            aux, x_adv = torch.no_grad()(row.aux)(frozen, x, counts, before), x
-            if row.objective:
-                x_adv = pgd_attack(frozen, x, y, init=row.init, aux=aux, generator=noise, **threat)
-            loss, logits = optimise(x, x_adv, y, cfg.alpha * epoch / cfg.epochs, lr)
-            guess = logits.argmax(1)
-            sums += torch.stack([loss * len(y), (guess == y).sum()])
-            predicted.index_add_(0, guess, torch.ones_like(guess, dtype=predicted.dtype))
-            seen = min(step * cfg.batch_size, len(order))
-            # seldom: reading the device's sums waits for it
-            if step % 50 == 0 or step == steps or (epoch == first and step in (1, 5)):
-                total, hits = map(sum, zip(*gather(sums.tolist())))
-                if not math.isfinite(total):  # a NaN stays in a sum
-                    where = f"{name}, epoch {epoch}, up to step {step}"
-                    raise UserError(f"the loss was not finite ({where}): try a lower --lr; what was saved stays")
-                run.estimate(step, seen)
-                rate = seen / (time.perf_counter() - began)
-                eta = timedelta(seconds=round(((cfg.epochs - epoch + 1) * len(order) - seen) / rate))
-                show_progress(f"{name} {epoch}/{cfg.epochs} loss {total / seen:.3f}  {rate:.0f} img/s  ETA {eta}")
-        show_progress()
-        at |= dict(epoch=epoch, seconds=at["seconds"] + time.perf_counter() - began)
-        at["predicted"] = sum(gather(predicted.double().cpu()))
-        line = f"{name} {epoch:>4}/{cfg.epochs:<4} lr {lr:<7.2g} loss {total / len(order):8.4f}  train"
-        line += f" {100 * hits / len(order):6.2f}  {at['seconds'] / epoch:7.1f} s/epoch"
-        if name == "student" and epoch > cfg.epochs - math.ceil(cfg.epochs / 4):
-            line += select(cfg, data, model, epoch, at, nets)
-        run.log(line)
-        # after every epoch, but for not more than a fiftieth of the time
-        if epoch == cfg.epochs or time.perf_counter() - saved > 50 * cost:
+        torch.default_generator.manual_seed(derive_seed(cfg.seed, cfg.role, "weights"))
+        model = build_model(cfg.arch, len(data.classes), row.head).to(cfg.device)
+    trainer = Trainer(cfg, model, data.counts, teachers)
+    # what is true after the last complete epoch; predicted: how often each class was, at x'
+    state = dict(epoch=0, seconds=0.0, best=-1.0, predicted=trainer.counts.double().cpu())
+    state |= load_state(path, trainer, log)
+    sizes = f"{data.counts[0]} to {data.counts[-1]} a class"
+    log(f"{cfg.role}: {cfg.method} on {len(data.train_labels)} images, {sizes}")
+    milestones = [float(share) for share in cfg.milestones.split(",")]
+    nets = None
+    written = -math.inf
+    for epoch in range(state["epoch"] + 1, cfg.epochs + 1):
+        began = time.perf_counter()
+        lr = lr_at(epoch, cfg.epochs, cfg.lr, milestones)
+        before = copy.deepcopy(trainer.state())
+        try:
+            result = train_epoch(trainer, data, epoch, lr, state["predicted"], log)
+        except Exception as error:
+            trainer = Trainer(plainer(trainer.cfg, error, log), model, data.counts, teachers)
+            trainer.load(before)
+            result = train_epoch(trainer, data, epoch, lr, state["predicted"], log)
+        loss, accuracy, state["predicted"] = result
+        state["seconds"] += time.perf_counter() - began
+        state["epoch"] = epoch
+        line = f"{cfg.role} {epoch:>4}/{cfg.epochs:<4} lr {lr:<7.2g} loss {loss:8.4f}"
+        line += f"  train {accuracy:6.2f}  {state['seconds'] / epoch:7.1f} s/epoch"
+        better = False
+        if cfg.role == "student" and (lr < cfg.lr or epoch == cfg.epochs):
+            nets = nets or scoring_nets(model, trainer.cfg, data.counts)
+            scores = select(cfg, data, model, nets)
+            score = scores["pgd" if row.objective else "clean"]
+            better = score > state["best"]
+            line += "  test " + "  ".join(f"{name} {scores[name]:6.2f}" for name in scores)
+            if better:
+                line += "  *"
+                state["best"] = score
+                save_model(path / "best.pt", cfg, data, model, epoch)
+        log(line)
+        if better or time.perf_counter() - written > 30:
+            write_atomic(path / "state.pt", state | trainer.state())
+            written = time.perf_counter()
+    save_model(path / "last.pt", cfg, data, model, cfg.epochs)
+    gather(None)  # it is there before another rank asks for it
+
+
+def train_epoch(trainer, data, epoch, lr, predicted_before, log):
+    """One epoch -> (mean loss, training accuracy at x' in percent, how often each class was
+    predicted there)."""
+    cfg = trainer.cfg
+    device = data.train_images.device
+    draws = torch.Generator().manual_seed(derive_seed(cfg.seed, cfg.role, epoch))
+    noise_seed = derive_seed(cfg.seed, cfg.role, epoch, "noise", RANK)
+    noise = torch.Generator(device).manual_seed(noise_seed)
+    order = torch.randperm(len(data.train_labels), generator=draws)
+    order = torch.cat([order, order[: -len(order) % WORLD]]).to(device)
+    images = augment(data.train_images[order], cfg.aug, draws)
+    labels = data.train_labels[order]
+    alpha = (cfg.alpha or 0.0) * epoch / cfg.epochs
+    predicted_before = predicted_before.to(device)
+    predicted = torch.zeros_like(trainer.counts)
+    sums = torch.zeros(2, device=device)  # of the loss and of the hits
+    steps = math.ceil(len(order) / cfg.batch_size)
+    for step in range(1, steps + 1):
+        share = slice((step - 1) * cfg.batch_size + RANK, step * cfg.batch_size, WORLD)
+        x = to_float(images[share])
+        y = labels[share]
+        x_adv = trainer.attack(x, y, predicted_before, noise)
+        loss, logits = trainer.step(x, x_adv, y, alpha, lr)
+        guess = logits.argmax(1)
+        sums += torch.stack([loss * len(y), (guess == y).sum()])
+        predicted.index_add_(0, guess, torch.ones_like(guess, dtype=predicted.dtype))
+        if step == 1:  # which also compiles
             began = time.perf_counter()
-            run.save_state(name, at, model, optimizer)
-            saved = time.perf_counter()
-            cost = saved - began
-    run.save_model("teacher" if name == "teacher" else "last", weights_of(model), cfg.epochs)
-    run.save_results(name, at["seconds"])
-    return model
+        elif step % 50 == 0 or step == 5:  # seldom: reading waits for the device
+            where = f"{cfg.role}, epoch {epoch}, up to step {step}"
+            total, _ = read_sums(trainer, sums, where)
+            rate = (step - 1) * cfg.batch_size / (time.perf_counter() - began)
+            left = (steps - step + (cfg.epochs - epoch) * steps) * cfg.batch_size
+            time_left = timedelta(seconds=round(left / rate))
+            if epoch == 1 and step == 5:
+                log(f"{cfg.role}: this training takes about {time_left} on this device")
+            text = f"{cfg.role} {epoch}/{cfg.epochs} loss {total / step / cfg.batch_size:.3f}"
+            show_progress(f"{text}  {rate:.0f} img/s  ETA {time_left}")
+    show_progress()
+    total, hits = read_sums(trainer, sums, f"{cfg.role}, epoch {epoch}")
+    predicted = sum(gather(predicted.double().cpu()))
+    return total / len(order), 100 * hits / len(order), predicted
 
 
-def select(cfg, data, model, epoch, at, nets):
-    """Evaluate on the test set and keep a strictly better model in at["best"]; returns the row's last columns."""
-    rule = "pgd" if METHODS[cfg.method].objective else "clean"
-    options = dict(tail=data.tail, eps=cfg.eps / 255, seed=cfg.seed, nets=[net.refresh() for net in nets])
-    result = evaluate(model, data.test_images, data.test_labels, **options)
-    better = result[rule] > at["score"]
-    if better:
-        at |= {"score": result[rule], "best": {"epoch": epoch, "weights": weights_of(model)}}
-    return f"  test clean {result['clean']:6.2f}  pgd {result['pgd']:6.2f}" + ("  *" if better else "")
+def read_sums(trainer, sums, where):
+    """Loss and hits summed over the ranks. UserError for a loss that is not finite; OverflowError
+    where float16 may be to blame."""
+    sums = torch.cat([sums, trainer.frozen.overflows.view(1)])
+    total, hits, overflows = np.sum(gather(sums.tolist()), axis=0)
+    if trainer.uses_float16() and not (math.isfinite(total) and overflows == 0):
+        raise OverflowError
+    if not math.isfinite(total):  # a NaN stays in a sum
+        raise UserError(
+            f"the loss was not finite ({where}): try a lower --lr; what was saved stays"
+        )
+    return total, hits
 
 
-# 6  Data ==============================================================================================================
+def select(cfg, data, model, nets):
+    """Accuracy on the test set by which the best epoch is chosen."""
+    for net in set(nets):
+        net.refresh()
+    attacks = ["clean", "pgd"] if METHODS[cfg.method].objective else ["clean"]
+    options = dict(attacks=attacks, nets=nets, eps=(cfg.eps or 0) / 255, seed=cfg.seed)
+    scores = evaluate(model, data.test_images, data.test_labels, **options)
+    return {name: scores[name] for name in attacks}
+
+
+# 6  Data ==========================================================================================
+UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
+
+
 @dataclass
 class Data:
-    """A training and a test set: uint8 NCHW images, int64 labels, class 0 the most frequent: where classes differ in
-    size the loader sorts them, as load_folder does."""
+    """A training and a test set: uint8 NCHW images, int64 labels, class 0 the most frequent: where
+    classes differ in size the loader sorts them, as load_folder does."""
 
     train_images: torch.Tensor
     train_labels: torch.Tensor
     test_images: torch.Tensor
     test_labels: torch.Tensor
-    classes: list
-    counts: list = ()  # training images per class
-    tail: list = ()  # the classes of the tail group
+    classes: list  # names
+    counts: list = field(default_factory=list)  # training images per class
+    tail: list = field(default_factory=list)  # the classes of the tail group
 
     def crc32(self, part):
         """Checksum of the 'train' or the 'test' images and labels."""
-        tensors = [getattr(self, f"{part}_{what}").cpu().contiguous().numpy() for what in ("images", "labels")]
-        return f"{zlib.crc32(tensors[1], zlib.crc32(tensors[0])):08x}"
+        checksum = 0
+        for kind in ("images", "labels"):
+            tensor = getattr(self, f"{part}_{kind}")
+            checksum = zlib.crc32(tensor.cpu().contiguous().numpy(), checksum)
+        return f"{checksum:08x}"
 
     def to(self, device):
         """The same data with its four tensors on `device`."""
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)})
+        tensors = {name: v.to(device) for name, v in vars(self).items() if torch.is_tensor(v)}
+        return replace(self, **tensors)
 
 
 def to_float(images_u8):
@@ -871,190 +1241,333 @@ def to_float(images_u8):
 
 
 def long_tail_counts(n_max, num_classes, ir) -> list:
-    """Images per class of the exponential profile: int(n_max * ir**(-c/(C-1))), class 0 the head, C-1 the tail. n_max,
-    num_classes: int >= 1; ir: imbalance ratio n_max/n_min >= 1 (1 keeps all). Truncated, not rounded, as in the LDAM
-    generator that RoBal, REAT and AT-BSL share. ValueError where a class would be empty."""
+    """Images per class of the exponential profile: int(n_max * ir**(-c/(C-1))), class 0 the head,
+    C-1 the tail. n_max, num_classes: int >= 1; ir: imbalance ratio n_max/n_min >= 1 (1 keeps all).
+    Truncated, not rounded, as in the LDAM generator that RoBal, REAT and AT-BSL share. ValueError
+    where a class would be empty."""
     if not ir >= 1 or num_classes < 1 or n_max * ir**-1.0 < 1:
-        raise ValueError(f"n_max {n_max}, {num_classes} classes, imbalance ratio {ir}: want ir >= 1 and no empty class")
-    return [int(n_max * ir ** (-c / max(num_classes - 1, 1))) for c in range(num_classes)]
+        given = f"n_max {n_max}, {num_classes} classes, imbalance ratio {ir}"
+        raise ValueError(f"{given}: want ir >= 1 and no empty class")
+    last = max(num_classes - 1, 1)
+    return [int(n_max * ir ** (-c / last)) for c in range(num_classes)]
 
 
 def long_tail_indices(labels, counts) -> np.ndarray:
-    """Positions of the long-tailed subset, class by class: on CIFAR the very images of RoBal, REAT and AT-BSL. labels:
-    int array [N]; counts: images wanted per class. NumPy's legacy generator, seeded 0, shuffles each class's ascending
-    positions in turn; the first n_c stay. Returns int64 [sum(counts)] and touches no global generator. ValueError where
-    a class has too few images."""
-    labels, rng, chosen = np.asarray(labels), np.random.RandomState(0), [np.empty(0, np.int64)]
+    """Positions of the long-tailed subset, class by class: on CIFAR the very images of RoBal, REAT
+    and AT-BSL. labels: int array [N]; counts: images wanted per class. NumPy's legacy generator,
+    seeded 0, shuffles each class's ascending positions in turn; the first n_c stay. Returns int64
+    [sum(counts)] and touches no global generator. ValueError where a class has too few images."""
+    labels = np.asarray(labels)
+    rng = np.random.RandomState(0)
+    chosen = [np.empty(0, np.int64)]
     for c, wanted in enumerate(counts):
         members = np.flatnonzero(labels == c)
         if not 0 <= wanted <= len(members):
-            raise ValueError(f"class {c} has {len(members)} images, {wanted} are wanted: lower n_max or ir")
+            raise ValueError(f"class {c} has {len(members)} images, {wanted} wanted: lower n_max")
         rng.shuffle(members)
         chosen.append(members[:wanted])
     return np.concatenate(chosen).astype(np.int64)
 
 
 def augment(images_u8, policy, generator) -> torch.Tensor:
-    """Augment a whole epoch at once: the policy, then a zero-pad-4 random crop, then a flip with p = 0.5, as AT-BSL.
-    images_u8: uint8 [N,3,H,W], any device, not changed. policy: 'none', 'ra' (torchvision's RandAugment(2, 8)) or 'aua'
-    (its AutoAugment, CIFAR-10 policy). generator: a CPU torch.Generator, the only source of randomness. Returns a new
-    uint8 [N,3,H,W] on the same device. Crop and flip are drawn for each image; the policy for each of AUGMENT_GROUPS
-    groups, group k being images k, k + AUGMENT_GROUPS, ...: every image has torchvision's law, and two images of a
-    batch of up to AUGMENT_GROUPS share no draw. ValueError: unknown policy, another dtype or shape."""
-    transforms = {"none": None, "ra": v2.RandAugment(2, 8), "aua": v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)}
-    if policy not in transforms or images_u8.dtype != torch.uint8 or images_u8.ndim != 4:
+    """Augment a whole epoch at once: the policy, then a zero-pad-4 random crop, then a flip with p
+    = 0.5, as AT-BSL. images_u8: uint8 [N,3,H,W], any device, not changed. policy: 'none', 'ra'
+    (torchvision's RandAugment(2, 8)) or 'aua' (its AutoAugment, CIFAR-10 policy). generator: a CPU
+    torch.Generator, the only source of randomness. Returns a new uint8 [N,3,H,W] on the same
+    device. Crop and flip are drawn for each image; the policy for each of AUGMENT_GROUPS groups,
+    group k being images k, k + AUGMENT_GROUPS, ...: every image has torchvision's law, and two
+    images of a batch of up to AUGMENT_GROUPS share no draw. ValueError: unknown policy, another
+    dtype or shape."""
+    known = policy in ("none", "ra", "aua")
+    if not known or images_u8.dtype != torch.uint8 or images_u8.ndim != 4:
         given = f"{policy!r}, images {images_u8.dtype} {list(images_u8.shape)}"
-        raise ValueError(f"policy {given}: want one of {', '.join(transforms)}, and uint8 [N,3,H,W]")
-    (n, _, height, width), device, pad = images_u8.shape, images_u8.device, 4
-    if transforms[policy]:
-        images_u8 = images_u8.clone()
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            torch.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
-            for k in range(min(n, AUGMENT_GROUPS)):
-                images_u8[k::AUGMENT_GROUPS] = transforms[policy](images_u8[k::AUGMENT_GROUPS])
-    top, left = torch.randint(2 * pad + 1, (2, n), generator=generator).to(device)
+        raise ValueError(f"policy {given}: want none, ra or aua, and uint8 [N,3,H,W]")
+    n, _, height, width = images_u8.shape
+    device = images_u8.device
+    if policy != "none":
+        images_u8 = _apply_policy(images_u8, policy, generator)
+    pad = 4
+    corner = torch.randint(2 * pad + 1, (2, n), generator=generator).to(device)
     flip = torch.randint(2, (n,), generator=generator).to(device).bool()
-    windows = F.pad(images_u8, (pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # [N,3,9,9,H,W], a view
-    cut = windows[torch.arange(n, device=device), :, top, left]  # [N,3,H,W]
+    padded = F.pad(images_u8, (pad, pad, pad, pad))
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [N,3,9,9,H,W], a view
+    cut = windows[torch.arange(n, device=device), :, corner[0], corner[1]]  # [N,3,H,W]
     column = torch.arange(width, device=device)
     column = torch.where(flip[:, None], column.flip(0), column)  # [N,W]
     return cut.gather(3, column[:, None, None].expand_as(cut))
 
 
+def _apply_policy(images_u8, policy, generator):
+    """A copy of the images, to each group of which one draw of torchvision's policy is applied."""
+    transform = v2.RandAugment(2, 8)
+    if policy == "aua":
+        transform = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+    result = images_u8.clone()
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+        torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
+        for k in range(min(len(result), AUGMENT_GROUPS)):
+            result[k::AUGMENT_GROUPS] = transform(result[k::AUGMENT_GROUPS])
+    return result
+
+
 def load_data(cfg) -> Data:
-    """The long-tailed training set and the test set of a resolved Config, as CPU tensors."""
-    loaders = dict(synthetic=make_synthetic, tinyimagenet=functools.partial(load_tinyimagenet, cfg.data_dir))
-    loaders["folder"] = functools.partial(load_folder, cfg.data_dir, cfg.image_size)
-    data = loaders.get(cfg.data, functools.partial(load_cifar, cfg.data, cfg.data_dir))()
-    data.train_images, data.train_labels = _limited(data.train_images, data.train_labels, cfg.train_limit)
-    data.test_images, data.test_labels = _limited(data.test_images, data.test_labels, cfg.test_limit)
+    """The long-tailed training set and the test set of a resolved Config, as CPU tensors. The
+    limits apply first; then each class is thinned to the largest profile of ratio cfg.ir that all
+    classes can fill, and stays as it is where cfg.ir is None. UserError where there is none."""
+    if cfg.data == "synthetic":
+        data = make_synthetic()
+    elif cfg.data == "folder":
+        data = load_folder(cfg.data_dir, cfg.image_size)
+    elif cfg.data == "tinyimagenet":
+        data = load_tinyimagenet(cfg.data_dir)
+    else:
+        data = load_cifar(cfg.data, cfg.data_dir)
+    train = _limited(data.train_images, data.train_labels, cfg.train_limit)
+    data.train_images, data.train_labels = train
+    test = _limited(data.test_images, data.test_labels, cfg.test_limit)
+    data.test_images, data.test_labels = test
     available = np.bincount(data.train_labels)
     data.counts = available.tolist()
-    if cfg.ir is not None:  # the largest profile that every class can fill
-        sizes = (n for n in range(int(available[0]), 0, -1) if n * cfg.ir**-1.0 >= 1)
-        profiles = (long_tail_counts(n_max, len(available), cfg.ir) for n_max in sizes)
-        data.counts = next((counts for counts in profiles if np.all(counts <= available)), None)
-        if not data.counts:
-            raise UserError(f"--ir {cfg.ir:g}: the classes have {available.tolist()} images, too few for this ratio")
+    if cfg.ir is not None:
+        data.counts = _largest_profile(available, cfg.ir)
     chosen = torch.from_numpy(long_tail_indices(data.train_labels, data.counts))
-    data.train_images, data.train_labels = data.train_images[chosen], data.train_labels[chosen]
-    tail = DATASETS[cfg.data][2] or max(1, len(data.classes) // 10)
-    data.tail = list(range(len(data.classes) - tail, len(data.classes)))
+    data.train_images = data.train_images[chosen]
+    data.train_labels = data.train_labels[chosen]
+    tail = max(1, len(data.classes) // 10)
+    data.tail = list(range(len(data.classes)))[-tail:]
     return data
+
+
+def _largest_profile(available, ir):
+    """The long-tail counts with the largest n_max that fit into `available` images per class."""
+    n_max = int(available[0])
+    while n_max * ir**-1.0 >= 1:
+        counts = long_tail_counts(n_max, len(available), ir)
+        if np.all(counts <= available):
+            return counts
+        n_max -= 1
+    sizes = f"{available.max()} to {available.min()} images"
+    raise UserError(f"--ir {ir:g}: the classes have {sizes}, too few for this ratio: lower it")
 
 
 def _limited(images, labels, limit):
-    """About `limit` images: the same share of every class but at least one image, by a fixed seed."""
+    """About `limit` images and their labels: the same share of every class, but at least one image
+    of each, by a fixed seed and in their order; all of them where limit is None."""
     if limit is None or limit >= len(labels):
         return images, labels
-    rng, members = np.random.default_rng(0), [np.flatnonzero(labels == c) for c in range(int(labels.max()) + 1)]
-    index = np.sort(np.concatenate([rng.permutation(m)[: max(1, len(m) * limit // len(labels))] for m in members]))
-    return images[index], labels[index]
+    rng = np.random.default_rng(0)
+    chosen = []
+    for c in range(int(labels.max()) + 1):
+        members = np.flatnonzero(labels == c)
+        share = max(1, len(members) * limit // len(labels))
+        chosen.append(rng.permutation(members)[:share])
+    kept = np.sort(np.concatenate(chosen))
+    return images[kept], labels[kept]
+
+
+def _to_nchw(images):
+    """uint8 array [N,H,W,3] -> tensor [N,3,H,W]"""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _say_what_is_missing(data, name, train_images, test_images):
+    """One line if a class has fewer training, one if it has fewer test images than in the published
+    set, which has these numbers of images, as many of each class."""
+    classes = len(data.classes)
+    for labels, published in ((data.train_labels, train_images), (data.test_labels, test_images)):
+        counts = np.bincount(labels, minlength=classes)
+        c = int(counts.argmin())
+        if counts[c] < published // classes:
+            found = f"{len(labels)} of {published} images are there"
+            say(f"{name} is incomplete, fetch it again: {found}, {counts[c]} of {data.classes[c]}")
 
 
 def load_cifar(name, data_dir) -> Data:
-    """'cifar10' or 'cifar100' as published, by torchvision: fetched into data_dir when absent, md5s checked."""
+    """'cifar10' or 'cifar100' as published, by torchvision: fetched into data_dir when absent, md5s
+    checked. UserError where it cannot be fetched."""
     cls = getattr(torchvision.datasets, name.upper())
-    with blaming(f"could not fetch {cls.filename}: put it into {data_dir} by hand, or try --data synthetic"):
-        parts = [cls(data_dir, train=train, download=True) for train in (True, False)]
-    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
-    labels = [torch.tensor(part.targets) for part in parts]
-    return Data(images[0], labels[0], images[1], labels[1], parts[0].classes)
-
-
-TINY = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")  # and its md5
-
-
-def load_tinyimagenet(data_dir) -> Data:
-    """Tiny-ImageNet from the official zip, fetched and unpacked by torchvision when absent; classes are the sorted
-    wnids. The test set is the official validation set, labelled by val_annotations.txt."""
-    root = pathlib.Path(data_dir, "tiny-imagenet-200")
-    with blaming(f"could not fetch or read {root}.zip: put it into {data_dir} by hand, or try --data synthetic"):
-        if not (root / "val" / "val_annotations.txt").exists():
-            download_and_extract_archive(TINY[0], data_dir, md5=TINY[1])
-        train = torchvision.datasets.ImageFolder(root / "train")
-        lines = [line.split() for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
-        test = [(str(root / "val" / "images" / line[0]), train.class_to_idx[line[1]]) for line in lines]
-    return _read_images(train.samples, test, train.classes, 64, root / ".ltsd.pt")
-
-
-def load_folder(data_dir, size) -> Data:
-    """Images of data_dir/train/CLASS/ and data_dir/test/CLASS/ (or val/), as torchvision's ImageFolder finds them.
-    Classes are ordered by training count, most frequent first, ties by name. UserError for another layout."""
-    root = pathlib.Path(data_dir)
-    with blaming(f"--data-dir {data_dir}: want DIR/train/CLASS/* and DIR/test/CLASS/*", OSError):
-        test = root / ("test" if (root / "test").is_dir() else "val")
-        parts = [torchvision.datasets.ImageFolder(folder) for folder in (root / "train", test)]
-    names = parts[0].classes
-    if names != parts[1].classes or len(names) < 2:
-        odd = sorted({*names} ^ {*parts[1].classes}) or names
-        raise UserError(f"--data-dir {data_dir}: train and test need the same classes, two or more; unlike: {odd[:5]}")
-    order = np.argsort(-np.bincount(parts[0].targets), kind="stable")
-    new_label = np.argsort(order).tolist()
-    samples = [[(path, new_label[label]) for path, label in part.samples] for part in parts]
-    return _read_images(*samples, [names[i] for i in order], size, root / f".ltsd-{size}.pt")
-
-
-def _read_images(train, test, classes, size, cache) -> Data:
-    """Decode lists of (path, label): the centre square of each image, scaled to `size`. Decoded tensors are kept in the
-    file `cache`, which is made again when an image is added, removed or changed."""
-    with blaming(f"an image beside {cache} is gone: mend or remove its link, or unpack the data again", OSError):
-        key = zlib.crc32(repr([(path, label, *os.stat(path)[6:9:2]) for path, label in train + test]).encode())
-    with contextlib.suppress(Exception):  # a missing or broken cache is made again
-        saved = torch.load(cache, weights_only=True)
-        if saved.pop("key") == key:
-            return Data(**saved)
-
-    def decode(sample):
-        with blaming(f"{sample[0]} is not a readable image: remove or replace it"), Image.open(sample[0]) as image:
-            # fit cuts before it scales: a long strip does not fill the memory
-            return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR))
-
-    parts = []
-    for samples in (train, test):
-        with ThreadPoolExecutor() as pool:
-            images = np.stack(list(pool.map(decode, samples)))
-        parts += [torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor([c for _, c in samples])]
-    data = Data(*parts, classes)
-    with contextlib.suppress(UserError):  # data on a read-only drive: no cache
-        write_atomic(cache, {"key": key, **vars(data)})
+    remedy = f"put it into {data_dir} by hand, or try --data synthetic"
+    with blaming(f"could not fetch {cls.filename}: {remedy}", (OSError, RuntimeError)):
+        train = cls(data_dir, train=True, download=True)
+        test = cls(data_dir, train=False, download=True)
+    train_part = _to_nchw(train.data), torch.tensor(train.targets)
+    test_part = _to_nchw(test.data), torch.tensor(test.targets)
+    data = Data(*train_part, *test_part, train.classes)
+    _say_what_is_missing(data, name, 50_000, 10_000)
     return data
 
 
+TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+
+
+def load_tinyimagenet(data_dir) -> Data:
+    """Tiny-ImageNet from the official zip, by torchvision: fetched when absent, unpacked when one
+    of its 200 classes is missing. Classes are the sorted wnids; the test set is the official
+    validation set, labelled by val_annotations.txt. UserError where images are missing."""
+    root = pathlib.Path(data_dir, "tiny-imagenet-200")
+    annotations = root / "val" / "val_annotations.txt"
+    if not annotations.exists() or len(list(root.glob("train/n*"))) < 200:
+        remedy = f"put it into {data_dir} by hand, or try --data synthetic"
+        with blaming(f"could not fetch {root.name}.zip: {remedy}", (OSError, RuntimeError)):
+            download_and_extract_archive(TINY_URL, data_dir, md5=TINY_MD5)
+    kinds = (OSError, LookupError, ValueError)
+    with blaming(f"{root} is incomplete: delete this folder, and it is unpacked again", kinds):
+        train = _PictureFolder(root / "train")
+        test = []
+        for line in annotations.read_text().splitlines():
+            words = line.split()  # file name, wnid, a box
+            path = root / "val" / "images" / words[0]
+            test.append((str(path), train.class_to_idx[words[1]]))
+    data = _read_images(train.samples, test, train.classes, 64, root / ".ltsd.pt")
+    _say_what_is_missing(data, "tinyimagenet", 100_000, 10_000)
+    return data
+
+
+class _PictureFolder(torchvision.datasets.ImageFolder):
+    """An ImageFolder without the files and folders whose name begins with a dot; `unread` counts
+    the other files that it passes over."""
+
+    def __init__(self, root):
+        self.unread = 0
+        super().__init__(str(root), is_valid_file=self.takes)
+
+    def find_classes(self, directory):
+        found, _ = super().find_classes(directory)
+        classes = [name for name in found if not name.startswith(".")]
+        return classes, {name: c for c, name in enumerate(classes)}
+
+    def takes(self, path):
+        if os.sep + "." in path.removeprefix(self.root):
+            return False
+        is_image = torchvision.datasets.folder.is_image_file(path)
+        if not is_image:
+            self.unread += 1
+        return is_image
+
+
+def load_folder(data_dir, size) -> Data:
+    """Images of data_dir/train/CLASS/ and data_dir/test/CLASS/ (val/ where test/ has no folder of a
+    class), as torchvision's ImageFolder finds them, scaled to `size` pixels. Classes are ordered by
+    training count, most frequent first, ties by name. UserError for another layout."""
+    root = pathlib.Path(data_dir)
+    layout = "want DIR/train/CLASS/* and DIR/test/CLASS/*"
+    with blaming(f"--data-dir {data_dir}: {layout}", (OSError, ValueError)):
+        train = _PictureFolder(root / "train")
+        part = "test"
+        if not any((root / part / name).is_dir() for name in train.classes):
+            part = "val"
+        test = _PictureFolder(root / part)
+    names = train.classes
+    if names != test.classes or len(names) < 2:
+        odd = sorted(set(names) ^ set(test.classes)) or names
+        same = f"train and {part} need the same classes, two or more"
+        raise UserError(f"--data-dir {data_dir}: {same}; unlike: {odd[:3]}")
+    unread = train.unread + test.unread
+    if unread > 0:
+        say(f"--data-dir {data_dir}: {unread} files beside the images are of types not read here")
+    data = _read_images(train.samples, test.samples, names, size, root / f".ltsd-{size}.pt")
+    order = np.argsort(-np.bincount(train.targets), kind="stable")
+    new_label = torch.from_numpy(np.argsort(order))
+    data.train_labels = new_label[data.train_labels]
+    data.test_labels = new_label[data.test_labels]
+    data.classes = [names[i] for i in order]
+    return data
+
+
+def _read_images(train, test, classes, size, cache) -> Data:
+    """Decode two lists of (path, label). The tensors are kept in the file `cache`, which is made
+    again when an image is added, removed or changed."""
+    key = _fingerprint(train + test)
+    with contextlib.suppress(UserError):  # a missing or broken cache is made again
+        saved = read_checkpoint(cache)
+        if saved["key"] == key:
+            return Data(**saved["data"])
+    data = Data(*_decode_all(train, size), *_decode_all(test, size), classes)
+    with contextlib.suppress(UserError):  # data on a read-only drive: no cache
+        write_atomic(cache, dict(key=key, data=vars(data)))
+    return data
+
+
+def _fingerprint(samples):
+    """Checksum of the paths, labels, sizes and times (a change within a second counts)."""
+    rows = []
+    for path, label in samples:
+        with blaming(
+            f"{path} is gone: restore it, remove its link, or unpack the data again", OSError
+        ):
+            about = os.stat(path)
+        rows.append((path, label, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
+    return zlib.crc32(repr(rows).encode())
+
+
+def _decode_all(samples, size):
+    """Images, uint8 [N,3,size,size], and labels of a list of (path, label)."""
+    paths, labels = zip(*samples)
+    with ThreadPoolExecutor() as pool:
+        images = list(pool.map(_decode, paths, itertools.repeat(size)))
+    return _to_nchw(np.stack(images)), torch.tensor(labels)
+
+
+def _decode(path, size):
+    """The centre square of an image file, upright, on white where it is transparent, scaled: uint8
+    [size,size,3]. UserError where it cannot be read."""
+    with blaming(f"{path} is not a readable image: remove or replace it", UNREADABLE):
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+        if image.mode in ("I", "F"):
+            raise UserError(f"{path} has 32 bits a pixel, of unknown range: save it with 8 or 16")
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        # fit cuts before it scales: a long strip does not fill the memory
+        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR)
+    return np.asarray(square)
+
+
 def make_synthetic(train_per_class=160, test_per_class=25, classes=10, size=32) -> Data:
-    """Images made on the spot that behave like photographs under attack, the same on every machine. Each class has a
-    coarse grating of its own wavelength and orientation, strong enough to survive eps 8/255 but overlaid by those of
-    other classes, and a fine one so faint that an attack can wipe it out, yet enough for a naturally trained network to
-    decide by. Phases are random, so that a crop changes nothing."""
+    """Images made on the spot that behave like photographs under attack, the same on every machine.
+    Each class has a coarse grating of its own wavelength and orientation, strong enough to survive
+    eps 8/255 but overlaid by those of other classes, and a fine one so faint that an attack can
+    wipe it out, yet enough for a naturally trained network to decide by. Phases are random, so that
+    a crop changes nothing."""
     rng = np.random.default_rng(2025)
     yy, xx = np.mgrid[0:size, 0:size].astype(np.float32)
     c = np.arange(classes)
-    angles = np.pi * (c % 5 + 0.5) / 10  # within a quadrant: a flip must not turn one class into another
-    coarse, fine = np.where(c < 5, 14.0, 7.5), np.where(c < 5, 3.0, 2.4)
+    angles = np.pi * (c % 5 + 0.5) / 10  # within a quadrant: a flip must not change the class
+    coarse = np.where(c < 5, 14.0, 7.5)  # wavelengths in pixels
+    fine = np.where(c < 5, 3.0, 2.4)
     tint = np.abs(rng.normal(size=(classes, 3, 1, 1))).clip(0.3)
     tint /= tint.mean(1, keepdims=True)
 
-    def gratings(labels, wavelengths, angles):
-        angle, k = angles[labels][:, None, None], (2 * np.pi / wavelengths[labels])[:, None, None]
+    def gratings(labels, wavelengths, angles):  # [N,1,size,size] in [-1,1]
+        angle = angles[labels][:, None, None]
+        wave_number = (2 * np.pi / wavelengths[labels])[:, None, None]
         phase = rng.uniform(0, 2 * np.pi, (len(labels), 1, 1))
-        return np.sin(k * (xx * np.cos(angle) + yy * np.sin(angle)) + phase)[:, None]
+        along = xx * np.cos(angle) + yy * np.sin(angle)
+        return np.sin(wave_number * along + phase)[:, None]
 
-    def draw(per_class):
+    def draw(per_class):  # images uint8 [N,3,size,size], labels
         labels = np.repeat(c, per_class)
         images = 0.5 + 0.13 * gratings(labels, coarse, angles) * tint[labels]
         for _ in range(2):
             other = rng.integers(0, classes, len(labels))
             strength = rng.uniform(0, 0.13, (len(labels), 1, 1, 1))
             images = images + strength * gratings(other, coarse, angles) * tint[other]
-        images = images + 5 / 255 * gratings(labels, fine, angles[::-1]) + rng.normal(0, 0.06, images.shape)
-        return torch.from_numpy(np.rint(images.clip(0, 1) * 255).astype(np.uint8)), torch.from_numpy(labels)
+        images = images + 5 / 255 * gratings(labels, fine, angles[::-1])
+        images = images + rng.normal(0, 0.06, images.shape)
+        pixels = np.rint(images.clip(0, 1) * 255).astype(np.uint8)
+        return torch.from_numpy(pixels), torch.from_numpy(labels)
 
-    return Data(*draw(train_per_class), *draw(test_per_class), [f"grating {i}" for i in range(classes)])
+    names = [f"grating {i}" for i in range(classes)]
+    return Data(*draw(train_per_class), *draw(test_per_class), names)
 
 
-# 7  Models ============================================================================================================
-# Parameter names are those of the public CIFAR checkpoints. `folds` lists a module's pairs of a convolution and the
-# batch norm of its output alone: a FrozenCopy folds those.
+# 7  Models ========================================================================================
+# Parameter names are those of the public CIFAR checkpoints. `folds` lists a module's pairs of a
+# convolution and the batch norm of its output alone: a FrozenCopy folds those.
 def _conv(cin, cout, side, stride=1):
     return nn.Conv2d(cin, cout, side, stride, side // 2, bias=False)
 
@@ -1066,10 +1579,14 @@ class BasicBlock(nn.Module):
 
     def __init__(self, cin, cout, stride):
         super().__init__()
-        self.conv1, self.bn1 = _conv(cin, cout, 3, stride), nn.BatchNorm2d(cout)
-        self.conv2, self.bn2 = _conv(cout, cout, 3), nn.BatchNorm2d(cout)
-        same = stride == 1 and cin == cout
-        self.shortcut = nn.Sequential(*([] if same else [_conv(cin, cout, 1, stride), nn.BatchNorm2d(cout)]))
+        self.conv1 = _conv(cin, cout, 3, stride)
+        self.bn1 = nn.BatchNorm2d(cout)
+        self.conv2 = _conv(cout, cout, 3)
+        self.bn2 = nn.BatchNorm2d(cout)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or cin != cout:
+            self.shortcut.append(_conv(cin, cout, 1, stride))
+            self.shortcut.append(nn.BatchNorm2d(cout))
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -1078,39 +1595,53 @@ class BasicBlock(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """The pre-activation block: bn-relu-conv-bn-relu-conv plus a shortcut. Where the shape changes, the shortcut is a
-    bare 1x1 convolution of the activated input."""
+    """The pre-activation block: bn-relu-conv-bn-relu-conv plus a shortcut. Where the shape changes,
+    the shortcut is a bare 1x1 convolution of the activated input."""
 
-    folds, projection = (("conv1", "bn2"),), "shortcut"
+    folds = (("conv1", "bn2"),)
 
     def __init__(self, cin, cout, stride):
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(cin), _conv(cin, cout, 3, stride)
-        self.bn2, self.conv2 = nn.BatchNorm2d(cout), _conv(cout, cout, 3)
+        self.bn1 = nn.BatchNorm2d(cin)
+        self.conv1 = _conv(cin, cout, 3, stride)
+        self.bn2 = nn.BatchNorm2d(cout)
+        self.conv2 = _conv(cout, cout, 3)
         self.projects = stride != 1 or cin != cout
         if self.projects:
-            conv = _conv(cin, cout, 1, stride)
-            self.add_module(self.projection, nn.Sequential(conv) if self.projection == "shortcut" else conv)
+            self.add_projection(_conv(cin, cout, 1, stride))
+
+    def add_projection(self, conv):
+        self.shortcut = nn.Sequential(conv)
+
+    def project(self, out):
+        return self.shortcut(out)
 
     def forward(self, x):
         out = F.relu(self.bn1(x))
-        shortcut = getattr(self, self.projection)(out) if self.projects else x
+        shortcut = self.project(out) if self.projects else x
         return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
 
 
 class WideBlock(PreActBlock):
     """WRN's block (dropout 0): a pre-activation block whose projection has another name."""
 
-    projection = "convShortcut"
+    def add_projection(self, conv):
+        self.convShortcut = conv
+
+    def project(self, out):
+        return self.convShortcut(out)
 
 
 class CosineHead(nn.Module):
-    """RoBal's classifier: scale * <f/|f|, w_c/(|w_c| + offset)> - prior_c, scale 1 and prior 0 while training."""
+    """RoBal's classifier: scale * <f/|f|, w_c/(|w_c| + offset)> - prior_c, scale 1 and prior 0
+    while training."""
 
     def __init__(self, width, num_classes):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_classes, width).uniform_(-(width**-0.5), width**-0.5))
-        self.offset, self.scale = 1 / 32 if num_classes <= 10 else 1 / 16, 1.0  # RoBal-R's two settings
+        bound = width**-0.5
+        self.weight = nn.Parameter(torch.empty(num_classes, width).uniform_(-bound, bound))
+        self.offset = 1 / 32 if num_classes <= 10 else 1 / 16  # RoBal-R's two settings
+        self.scale = 1.0
         self.register_buffer("prior", torch.zeros(num_classes), persistent=False)
 
     def forward(self, features):
@@ -1118,24 +1649,42 @@ class CosineHead(nn.Module):
         return self.scale * F.normalize(features, dim=1) @ weight.T - self.prior
 
 
+class Normalize(nn.Module):
+    """(x - mean) / std of the three channels, for networks trained on such images. Not saved."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        mean_and_std = torch.tensor([mean, std]).view(2, 3, 1, 1)
+        self.register_buffer("mean_and_std", mean_and_std, persistent=False)
+
+    def forward(self, x):
+        mean, std = self.mean_and_std
+        return ((x - mean) / std).to(x.dtype)
+
+
 class Net(nn.Sequential):
-    """Stem, stages of blocks, global average pool, head: images float [N,3,H,W] in [0,1] -> float32 logits. Pool and
-    head are float32 whatever the convolutions are: with bf16 logits many samples would get no gradient."""
+    """Stem, stages of blocks, global average pool, head: images float [N,3,H,W] in [0,1] -> float32
+    logits. Pool and head are float32 whatever the convolutions are: with bf16 logits many samples
+    would get no gradient."""
+
+    folds = ()
 
     def forward(self, x, with_features=False):
-        """Logits [N,C], or with_features: (logits, pooled features [N,d]); all float32 (float64 for float64)."""
+        """Logits [N,C], or with_features: (logits, pooled features [N,d]); all float32 (float64 for
+        float64)."""
         *body, head = self.children()
         for module in body:
             x = module(x)
-        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # x.mean((2, 3)) with a gradient that stays channels_last
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # its mean's gradient stays channels_last
         features = pixels.mean(1, dtype=torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
             logits = head(features)
         return (logits, features) if with_features else logits
 
 
+# block, blocks of each stage, channels of the stem and of each stage, names of the stages
 # fmt: off
-ARCHS = {  # block, blocks of each stage, channels of stem and stages (all but the first halve the image), stage names
+ARCHS = {
     "resnet18":       (BasicBlock, (2, 2, 2, 2), (64, 64, 128, 256, 512), "layer{}"),
     "preactresnet18": (PreActBlock, (2, 2, 2, 2), (64, 64, 128, 256, 512), "layer{}"),
     "wrn34-10":       (WideBlock, (5, 5, 5), (16, 160, 320, 640), "block{}"),
@@ -1144,30 +1693,48 @@ ARCHS = {  # block, blocks of each stage, channels of stem and stages (all but t
 # fmt: on
 
 
-def build_model(arch, num_classes, head="linear") -> nn.Module:
-    """A freshly initialised Net of ARCHS, channels_last, no input normalisation inside. num_classes >= 2; head:
-    'linear' or 'cosine' (RoBal). Draws from torch's global generator: seed it, or wrap the call in
+def build_model(arch, num_classes, head="linear", mean=None, std=None) -> nn.Module:
+    """A freshly initialised Net of ARCHS, channels_last. num_classes >= 2; head: 'linear' or
+    'cosine' (RoBal); mean, std: three floats each, with which the Net normalises its input first,
+    or None. Draws from torch's global generator: seed it, or wrap the call in
     torch.random.fork_rng. ValueError for an unknown name."""
     if arch not in ARCHS or head not in ("linear", "cosine") or num_classes < 2:
-        raise ValueError(f"no {arch!r} with {head!r} head, {num_classes} classes; arch: {', '.join(ARCHS)}")
-    block, blocks, widths, stage = ARCHS[arch]
-    parts, wide = {"conv1": _conv(3, widths[0], 3)}, block is WideBlock
+        given = f"arch {arch!r}, head {head!r}, {num_classes} classes"
+        raise ValueError(f"{given}: want one of {', '.join(ARCHS)}, linear or cosine, 2 or more")
+    block, blocks, widths, stage_name = ARCHS[arch]
+    wide = block is WideBlock
+    net = Net()
+    if mean is not None:
+        net.normalize = Normalize(mean, std)
+    net.conv1 = _conv(3, widths[0], 3)
     if block is BasicBlock:
-        parts |= {"bn1": nn.BatchNorm2d(widths[0]), "relu": nn.ReLU(inplace=True)}
-    for i, (depth, cin, cout) in enumerate(zip(blocks, widths, widths[1:]), 1):
-        layers = nn.Sequential(*(block(cout if j else cin, cout, 2 if i > 1 and j == 0 else 1) for j in range(depth)))
-        parts[stage.format(i)] = nn.Sequential(OrderedDict(layer=layers)) if wide else layers
+        net.bn1 = nn.BatchNorm2d(widths[0])
+        net.relu = nn.ReLU(inplace=True)
+        net.folds = (("conv1", "bn1"),)
+    for i, depth in enumerate(blocks):
+        width = widths[i + 1]
+        stage = nn.Sequential(block(widths[i], width, 1 if i == 0 else 2))
+        for _ in range(depth - 1):
+            stage.append(block(width, width, 1))
+        if wide:
+            stage = nn.Sequential(OrderedDict(layer=stage))
+        net.add_module(stage_name.format(i + 1), stage)
     if block is not BasicBlock:
-        parts |= {"bn1" if wide else "bn": nn.BatchNorm2d(widths[-1]), "relu": nn.ReLU()}
-    parts["fc" if wide else "linear"] = (nn.Linear if head == "linear" else CosineHead)(widths[-1], num_classes)
-    net = Net(OrderedDict(parts))
-    net.folds = (("conv1", "bn1"),) if block is BasicBlock else ()
-    for module in net.modules() if wide else ():  # as published; the others keep PyTorch's initialisation
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
+        net.add_module("bn1" if wide else "bn", nn.BatchNorm2d(width))
+        net.relu = nn.ReLU()
+    classifier = nn.Linear if head == "linear" else CosineHead
+    net.add_module("fc" if wide else "linear", classifier(width, num_classes))
+    if wide:
+        net.apply(_initialise_as_published)
     return net.to(memory_format=torch.channels_last)
+
+
+def _initialise_as_published(module):
+    """The public WRN's initialisation; the other networks keep PyTorch's."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
 
 
 def weights_of(model):
@@ -1176,72 +1743,102 @@ def weights_of(model):
 
 
 def weights_crc32(model):
-    """Checksum of all weights and statistics: the same for the same network, whatever file it came from."""
-    return f"{zlib.crc32(b''.join(t.contiguous().numpy().tobytes() for t in weights_of(model).values())):08x}"
+    """Checksum of all weights and statistics: the same for the same network, whatever its file."""
+    checksum = 0
+    for tensor in weights_of(model).values():
+        checksum = zlib.crc32(tensor.contiguous().numpy().tobytes(), checksum)
+    return f"{checksum:08x}"
+
+
+def _numpy_types():
+    """What numpy's numbers and arrays are pickled as; the functions have had two homes."""
+    allowed = [np.dtype, np.ndarray]
+    allowed += [type(np.dtype(code)) for code in "?bhilqBHILQefdgFDGSU"]
+    for value in (np.float64(0), np.zeros(1)):
+        function = value.__reduce__()[0]
+        for home in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            allowed.append((function, f"{home}.{function.__name__}"))
+    return allowed
 
 
 def read_checkpoint(path):
-    """A file of tensors and plain values; UserError where it is missing, damaged, foreign or holds code."""
-    with blaming(f"{path} is no checkpoint that can be read: train first, or name another"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch thinks of a foreign pickle, beside our one line
-        return torch.load(path, map_location="cpu", weights_only=True)
+    """A file of tensors, plain values and those of numpy; UserError where it is missing, damaged,
+    foreign or holds code."""
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_numpy_types()):
+            warnings.simplefilter("ignore")  # what torch thinks of a foreign pickle
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle can raise any
+        reason = first_line(str(error).rpartition("WeightsUnpickler error: ")[2])
+        remedy = f"train first, or name another ({reason})"
+        if os.path.isfile(path) and b"torch.nn.modules" in pathlib.Path(path).read_bytes():
+            remedy = "it is a pickled module or DataParallel, save its state_dict() instead"
+        raise UserError(f"{path} is no checkpoint that can be read: {remedy}") from error
 
 
-def load_weights(model, path):
-    """Load a checkpoint, ours or one of TRADES, AT-BSL and kin, into a Net; returns its epoch or None. Accepts a bare
-    state_dict or one under 'state_dict', 'model' or 'net', prefixes 'module.' and '_orig_mod.', and the unused
-    'sub_block1' of public WRNs. UserError where names or shapes do not fit, or weights are not finite."""
+def load_weights(model, path, classes=None):
+    """Load a checkpoint, ours or one of TRADES, AT-BSL and kin, into a Net; returns its epoch or
+    None. Accepts a bare state_dict or one under 'state_dict', 'model' or 'net', prefixes 'module.'
+    and '_orig_mod.', and the unused 'sub_block1' of public WRNs. classes: names in the order that
+    the outputs are wanted in; a checkpoint without names is taken to have them in alphabetical
+    order. UserError where names or shapes do not fit, or weights are not finite."""
     saved = read_checkpoint(path)
-    weights = next((saved[k] for k in ("state_dict", "model", "net") if isinstance(saved, dict) and k in saved), saved)
-    if not isinstance(weights, dict) or not all(torch.is_tensor(v) for v in weights.values()):
-        raise UserError(f"{path} holds no state_dict: want one, bare or under 'state_dict', 'model' or 'net'")
-    weights = {str(k).replace("module.", "").replace("_orig_mod.", ""): v for k, v in weights.items()}
-    weights = {k: v for k, v in weights.items() if not k.startswith("sub_block1")}
-    if not all(v.isfinite().all() for v in weights.values()):
-        raise UserError(f"{path} holds NaN or infinite weights, of a training that diverged: name another")
-    with blaming(f"{path} does not fit the network: check --arch, --data and --method", RuntimeError):
-        model.load_state_dict(weights)
-    return saved.get("epoch") if isinstance(saved.get("epoch"), int) else None
+    about = saved if isinstance(saved, dict) else {}
+    weights = about
+    for key in ("net", "model", "state_dict"):
+        weights = about.get(key, weights)
+    is_dict = isinstance(weights, dict) and len(weights) > 0
+    if not is_dict or not all(map(torch.is_tensor, weights.values())):
+        wanted = "want one, bare or under 'state_dict', 'model' or 'net'"
+        raise UserError(f"{path} holds no state_dict: {wanted}")
+    own = {}
+    for name, tensor in weights.items():
+        name = str(name).replace("module.", "").replace("_orig_mod.", "")
+        if not name.startswith("sub_block1"):
+            own[name] = tensor
+        if not tensor.isfinite().all():
+            raise UserError(f"{path} holds NaN or infinite weights, of a training that diverged")
+    try:
+        model.load_state_dict(own)
+    except RuntimeError as error:
+        reason = first_line(str(error).partition("\n")[2])
+        remedy = f"check --arch, --data and --method ({reason})"
+        raise UserError(f"{path} does not fit the network: {remedy}") from error
+    if classes is not None:
+        _sort_outputs(model, path, about.get("classes"), list(classes))
+    epoch = about.get("epoch")
+    return epoch if isinstance(epoch, int) else None
 
 
-# 8  AutoAttack ========================================================================================================
-# Own code from the papers: arXiv 2003.01690 (APGD), 1907.02044 (FAB), 1912.00049 (Square); maximum norm only.
-# An attack is a small class: the `net` that says whether an image fools, its `targets` (how often a point may be tried,
-# at most classes - 1), the `evaluations` that end a lane, start(lane) and advance(lane) -> (scored images, bool: which
-# of them fool). A lane is one job (point, target): row i of every tensor in the dict `lane`, with its own counter
-# lane["step"][i]; make_lane gives key (of the random draws), step, x0, y, target, and start adds its own, among them
-# "best", the most promising image. run_lanes() owns the batch; where `net` is not the exact network, it has every
-# success confirmed by that one and gives a lane that fails a last look at its best. A lane that ends is refilled at
-# once, so that the batch stays full until the jobs run out; then it shrinks. A fifth attack: append its name, whose
-# place seeds its draws, and add it to `made` in autoattack().
+@torch.no_grad()
+def _sort_outputs(model, path, names, classes):
+    """Put the head's rows into the order of `classes`; names: the list of theirs in the file."""
+    if not isinstance(names, list):
+        names = sorted(classes)
+        if names != classes:
+            say(f"{path} names no classes: its outputs are taken to be in alphabetical order")
+    if sorted(names) != sorted(classes):
+        odd = sorted(set(names) ^ set(classes))
+        raise UserError(f"{path} was trained on other classes than --data has: unlike {odd[:3]}")
+    rows = [names.index(name) for name in classes]
+    for parameter in model[-1].parameters():
+        parameter.copy_(parameter[rows])
+
+
+# 8  AutoAttack ====================================================================================
+# Own code from the papers, in the maximum norm only. An attack is a function of the `points` that
+# it attacks together; it looks at images through points.gradient and points.margin alone, which
+# also judge them. A fifth attack: write the function, append its name here (the place in this tuple
+# seeds its draws), and add a case to `attack_plan`.
 AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
 FLOATS = (torch.float32, torch.float64)
 
 
-# Every random draw is a hash of (seed, attack, point, target, iteration, number): it depends neither on the batch a
-# point sits in nor on the device. int64 products wrap; masking off the sign's copies makes the shifts logical.
-def hash64(z):
-    """splitmix64's output function, element by element. int64 in, int64 out (all 64 bits used)."""
-    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return z ^ ((z >> 31) & 0x1FFFFFFFF)
-
-
-def random_bits(key, count):
-    """int64 [N] keys -> int64 [N, count] independent words."""
-    # the number is splitmix64's increment
-    return hash64(hash64(key)[:, None] + torch.arange(1, count + 1, device=key.device) * -0x61C8864680B583EB)
-
-
-def image_like(rows, x):
-    """[N] -> [N, 1, 1, 1] to broadcast against x, or [N] where x is [N]."""
-    return rows.view(-1, *[1] * (x.dim() - 1))
-
-
-def replace_rows(lane, rows, **new):
-    """lane[name][i] = new[name][i], in new tensors, for the rows i that the bool [N] `rows` marks."""
-    for name, value in new.items():
-        lane[name] = torch.where(image_like(rows, value), value, lane[name])
+def image_like(rows):
+    """[N] -> [N,1,1,1], to broadcast against images."""
+    return rows.view(-1, 1, 1, 1)
 
 
 def margin(logits, y):
@@ -1250,442 +1847,530 @@ def margin(logits, y):
     return logits.gather(1, y[:, None])[:, 0] - others
 
 
-def is_fooled(logits, y, near=0.0):
-    """bool [N]: another class beats y, by more than the rounding that an image shows when its batch changes shape, so
-    that the verdict survives re-scoring. NaN logits never count. near: claim what misses by this share of the largest
-    logit, too, for another network to decide."""
-    return margin(logits, y) < (near - 100 * torch.finfo(logits.dtype).eps) * logits.abs().amax(1)
+def is_fooled(logits, y, slack=None):
+    """bool [N]: another class beats y by more than the rounding that an image shows when its batch
+    changes shape, so that the verdict survives scoring it again; by more than -slack, where that is
+    given. Both are shares of the spread of the logits, which an offset does not change. NaN logits
+    never count."""
+    if slack is None:
+        slack = -100 * torch.finfo(logits.dtype).eps
+    spread = logits.amax(1) - logits.amin(1)
+    return margin(logits, y) < slack * spread
 
 
-def logit_gap(logits, lane):
+def cross_entropy(logits, y, target):
+    """Per point; the target is not used."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def logit_gap(logits, y, target):
     """z_target - z_y, [N]."""
-    return (logits.gather(1, lane["target"][:, None]) - logits.gather(1, lane["y"][:, None]))[:, 0]
+    return logits.gather(1, target[:, None])[:, 0] - logits.gather(1, y[:, None])[:, 0]
 
 
-def targeted_dlr(logits, lane):
-    """(z_target - z_y) / (z_(1) - (z_(3) + z_(4)) / 2), z_(i) the i-th largest: blind to shift and scale."""
+def targeted_dlr(logits, y, target):
+    """(z_target - z_y) / (z_(1) - (z_(3) + z_(4)) / 2), z_(i) the i-th largest: blind to shift and
+    scale."""
     top = logits.topk(4, dim=1).values
-    return logit_gap(logits, lane) / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
+    return logit_gap(logits, y, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
 def input_gradient(net, x, objective):
-    """(logits, objective per row, its gradient at x); parameters get none."""
+    """(logits, objective of each row, its gradient at x); parameters get none."""
     scale = gradient_scale(net)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = net(x)
-        value = objective(logits)
-        (gradient,) = torch.autograd.grad(value.sum() * scale, x)
-    return logits.detach(), value.detach(), gradient.div_(scale)
+        values = objective(logits)
+        (gradient,) = torch.autograd.grad(values.sum() * scale, x)
+    return logits.detach(), values.detach(), gradient / scale
 
 
-class APGD:
-    """Auto-PGD (2003.01690, Algorithm 1): momentum; at checkpoints the step may halve, from the best."""
+class AllFooled(Exception):
+    """No point is left to attack."""
 
-    def __init__(self, net, eps, iterations, near, loss, targets=1):
-        self.net, self.eps, self.near, self.loss = net, eps, near, loss
-        self.targets, self.evaluations = targets, iterations + 1
-        # Interval to the first checkpoint, by how much intervals shrink, the least one; in iterations.
-        self.first, self.shrink, self.least = (max(int(p * iterations), 1) for p in (0.22, 0.03, 0.06))
 
-    def start(self, lane):
-        x0 = lane["x0"]
-        noise = (random_bits(lane["key"], x0[0].numel()) >> 40 & 0xFFFFFF).to(x0.dtype) * 2**-23 - 1
-        noise /= noise.abs().amax(1, keepdim=True) + 1e-12  # at least one pixel on the face of the ball
-        z, row = (x0 + self.eps * noise.view(x0.shape)).clamp_(0, 1), x0.new_zeros(len(x0))
-        lane |= {"low": (x0 - self.eps).clamp_(min=0), "high": (x0 + self.eps).clamp_(max=1), "halved": row == 0}
-        lane |= {"z": z, "before": z, "best": z, "best_gradient": torch.zeros_like(x0), "loss_at_check": row}
-        lane |= {"best_loss": row - math.inf, "last_loss": row + math.inf, "rises": row, "size": row + 2 * self.eps}
-        lane["interval"] = lane["check"] = torch.full_like(lane["y"], self.first)
+class Points:
+    """The points that an attack attacks together. What it asks about images is answered by the fast
+    network for the points not yet fooled. An image in the ball that seems to fool, or misses by no
+    more than twice the fast network's rounding, is judged by the exact network: what fools is kept
+    in `found`, and its point is left out from then on. AllFooled when none is left."""
 
-    def advance(self, lane):
-        """Score lane["z"], then move it. -> (scored images, bool: which of them fool)."""
-        z, step = lane["z"], lane["step"]
-        logits, loss, gradient = input_gradient(self.net, z, lambda logits: self.loss(logits, lane))
-        replace_rows(lane, loss > lane["best_loss"], best_loss=loss, best=z, best_gradient=gradient)
-        lane["rises"], lane["last_loss"] = lane["rises"] + (loss > lane["last_loss"]), loss
+    def __init__(self, nets, x, y, target, eps, batch_size):
+        self.fast, self.exact = nets
+        self.slack = None
+        if self.fast is not self.exact:
+            dtype = getattr(self.fast, "dtype", torch.float32)
+            self.slack = 2 * torch.finfo(dtype).eps
+        self.x = x
+        self.y = y
+        self.target = target
+        self.eps = eps
+        self.batch_size = batch_size
+        self.found = x.clone()
+        self.left = torch.arange(len(x), device=x.device)
 
-        # Halve where too few steps rose, or the best loss stood still since a checkpoint that did not halve.
-        checked = step == lane["check"]
-        stuck = ~lane["halved"] & (lane["loss_at_check"] >= lane["best_loss"])
-        halve = checked & ((lane["rises"] <= 0.75 * lane["interval"]) | stuck)
-        interval = (lane["interval"] - self.shrink).clamp_(min=self.least)
-        replace_rows(lane, checked, halved=halve, loss_at_check=lane["best_loss"], rises=torch.zeros_like(loss))
-        replace_rows(lane, checked, interval=interval, check=step + interval)
-        replace_rows(lane, halve, size=lane["size"] / 2)
-        here = torch.where(image_like(halve, z), lane["best"], z)
-        gradient = torch.where(image_like(halve, z), lane["best_gradient"], gradient)
+    def gradient(self, images, objective):
+        """(objective(logits, y, target), its gradient) at images [N,C,H,W]; zeros for the
+        fooled."""
+        rows = self._padded(self.left)
+        y = self.y[rows]
+        target = self.target[rows]
+        logits, values, slopes = input_gradient(
+            self.fast, images[rows], lambda logits: objective(logits, y, target)
+        )
+        self._judge(images, rows, logits)
+        return self._whole(rows, values), self._whole(rows, slopes.nan_to_num(0, 0, 0))
 
-        aim = here + image_like(lane["size"], z) * gradient.nan_to_num_(0, 0, 0).sign_()
-        aim = aim.clamp_(lane["low"], lane["high"])
-        pull = image_like(torch.where(step > 0, 0.75, 1.0).to(z.dtype), z)  # the first step has no momentum
-        moved = here + pull * (aim - here) + (1 - pull) * (here - lane["before"])
-        lane |= {"before": here, "z": moved.clamp_(lane["low"], lane["high"])}
-        return z, is_fooled(logits, lane["y"], self.near)
+    def margin(self, images):
+        """z_y - max of the others at images; zeros for the fooled."""
+        rows = self._padded(self.left)
+        logits = self.fast(images[rows])
+        self._judge(images, rows, logits)
+        return self._whole(rows, margin(logits, self.y[rows]))
+
+    def _whole(self, rows, values):
+        """Values of all points from those of rows; the others are zero."""
+        whole = values.new_zeros(len(self.y), *values.shape[1:])
+        whole[rows] = values
+        return whole
+
+    def _padded(self, rows):
+        """Rows repeated to one of a few batch sizes, where a new shape is dear: on CUDA or
+        compiled. The least of batch_size, its half, its quarter, ... that holds them, 16 or
+        more."""
+        compiled = getattr(self.fast, "compiled_sizes", ())
+        if not self.y.is_cuda and not compiled:
+            return rows
+        size = self.batch_size
+        while size // 2 >= max(len(rows), 16):
+            size //= 2
+        return torch.cat([rows, rows[-1:].expand(size - len(rows))])
+
+    def _judge(self, images, rows, logits):
+        rows = rows[: len(self.left)]
+        claimed = is_fooled(logits[: len(self.left)], self.y[rows], self.slack)
+        moved = (images[rows] - self.x[rows]).abs().flatten(1).amax(1)
+        claimed = rows[claimed & (moved <= self.eps + 1e-6)]
+        if len(claimed) and self.fast is not self.exact:
+            look = self._padded(claimed)
+            sure = is_fooled(self.exact(images[look]), self.y[look])
+            claimed = claimed[sure[: len(claimed)]]
+        if len(claimed):
+            self.found[claimed] = images[claimed]
+            self.left = self.left[~torch.isin(self.left, claimed)]
+        if len(self.left) == 0:
+            raise AllFooled
+
+
+def ball(points):
+    """The lowest and the highest images that the threat allows."""
+    low = (points.x - points.eps).clamp(min=0)
+    high = (points.x + points.eps).clamp(max=1)
+    return low, high
+
+
+def apgd(points, generator, iterations, objective):
+    """Auto-PGD (Croce & Hein 2020, arXiv 2003.01690, Algorithm 1): ascent with momentum; at
+    checkpoints a point's step may halve, and then it goes on from its best image."""
+    low, high = ball(points)
+    noise = 2 * torch.rand(points.x[0].shape, generator=generator, dtype=points.x.dtype) - 1
+    noise = (noise / noise.abs().max()).to(points.x.device)  # a pixel on the face of the ball
+    z = (points.x + points.eps * noise).clamp(0, 1)
+    loss, gradient = points.gradient(z, objective)
+    best, best_loss, best_gradient = z, loss, gradient
+    previous = z
+    step_size = torch.full_like(loss, 2 * points.eps)
+    rises = torch.zeros_like(loss)
+    loss_at_check = best_loss
+    halved = torch.ones_like(loss, dtype=torch.bool)
+    interval = max(int(0.22 * iterations), 1)
+    check = interval
+    for k in range(1, iterations + 1):
+        aim = (z + image_like(step_size) * gradient.sign()).clamp(low, high)
+        momentum = 0.75 if k > 1 else 1.0
+        moved = z + momentum * (aim - z) + (1 - momentum) * (z - previous)
+        previous = z
+        z = moved.clamp(low, high)
+        last_loss = loss
+        loss, gradient = points.gradient(z, objective)
+        rises += loss > last_loss
+        better = loss > best_loss
+        best = torch.where(image_like(better), z, best)
+        best_gradient = torch.where(image_like(better), gradient, best_gradient)
+        best_loss = torch.where(better, loss, best_loss)
+        if k == check:
+            # too few steps rose, or the best stood still since a checkpoint that did not halve
+            stuck = ~halved & (loss_at_check >= best_loss)
+            halved = (rises <= 0.75 * interval) | stuck
+            step_size = torch.where(halved, step_size / 2, step_size)
+            z = torch.where(image_like(halved), best, z)
+            gradient = torch.where(image_like(halved), best_gradient, gradient)
+            loss_at_check = best_loss
+            rises = torch.zeros_like(rises)
+            interval = max(interval - max(int(0.03 * iterations), 1), int(0.06 * iterations), 1)
+            check += interval
 
 
 def project_linf(t, w, gap):
-    """Smallest d in the maximum norm with <w, d> = -gap and t + d in [0, 1]; else the corner closest to that. t, w [N,
-    D]; gap [N]. Every coordinate moves by the same length, cut at the room it has. The length solves sum |w|
-    min(length, room) = |gap|: concave and piecewise linear, so Newton from the left arrives exactly, after about four
-    turns (sorting the breakpoints takes three times as long)."""
-    need, weight = gap.abs(), w.abs()
+    """Smallest d in the maximum norm with <w, d> = -gap and t + d in [0, 1]; else the corner
+    closest to that. t, w [N, D]; gap [N]. Every coordinate moves by the same length, cut at the
+    room it has. The length solves sum |w| min(length, room) = |gap|: concave and piecewise linear,
+    so Newton from the left arrives exactly, after about four turns (sorting the breakpoints takes
+    three times as long)."""
+    need = gap.abs()
+    weight = w.abs()
     down = w * gap.sign()[:, None]  # > 0 where the coordinate has to fall
     room = torch.where(down > 0, t, 1 - t)
     full = weight * room
     length = need / weight.sum(1).clamp_min(1e-30)
     for _ in range(16):  # made-up heavy-tailed gradients took 14 at the most
-        free = room.clone().gt_(length[:, None])  # 1.0 or 0.0: on a CPU a mask of bools is several times slower
-        longer = (need - (full * (1 - free)).sum(1)) / (weight * free).sum(1).clamp_min(1e-30)
-        length, shorter = torch.maximum(length, longer), length
-        if length.is_cpu and torch.equal(length, shorter):  # a GPU would have to be waited for
+        free = (room > length[:, None]).to(t.dtype)
+        taken = (full * (1 - free)).sum(1)
+        longer = (need - taken) / (weight * free).sum(1).clamp_min(1e-30)
+        before = length
+        length = torch.maximum(length, longer)
+        if length.is_cpu and torch.equal(length, before):  # a GPU would have to be waited for
             break
     return -down.sign() * torch.minimum(length[:, None], room)
 
 
-class FAB:
-    """Targeted FAB (1907.02044): step onto the linearised boundary to the target, drawn to the clean point. Two
-    forwards and one backward an iteration: a crossing, in about nine of ten, moves the point, whose score cannot be
-    used again. far: a faster network, by default `net`, for points more than NEAR eps from their clean ones: success
-    is decided inside the ball, so always by `net`."""
-
-    ALPHA_MAX, ETA, BETA, NEAR = 0.1, 1.05, 0.9, 1.5
-
-    def __init__(self, net, eps, iterations, targets, far=None):
-        self.net, self.eps, self.targets, self.evaluations, self.far = net, eps, targets, iterations, far or net
-
-    def look(self, lane, z):
-        """Logits of z: near rows by `net`, the others by `far`, in z's order; gradients pass."""
-        near = (z - lane["x0"]).abs().flatten(1).amax(1) <= self.NEAR * self.eps
-        logits = torch.cat([self.net(z[near]), self.far(z[~near])])
-        return logits[(~near).int().argsort(stable=True).argsort()]
-
-    def start(self, lane):
-        lane |= {"z": lane["x0"], "best": lane["x0"], "margin": lane["x0"].new_full((len(lane["x0"]),), math.inf)}
-
-    def advance(self, lane):
-        """-> (scored images, bool: which of them fool)."""
-        x0, z = lane["x0"], lane["z"]
-        net = self.net if self.far is self.net else functools.partial(self.look, lane)
-        _, gap, gradient = input_gradient(net, z, lambda logits: logit_gap(logits, lane))
-        w = gradient.flatten(1).nan_to_num_(0, 0, 0)
-        gap_at_x0 = gap + (w * (x0 - z).flatten(1)).sum(1)
-        both = project_linf(torch.cat([z, x0]).flatten(1), w.repeat(2, 1), torch.cat([gap, gap_at_x0]))
-        from_z, from_x0 = both.view(2, *z.shape)
-        reach = both.abs().amax(1).clamp_min_(1e-8).view(2, -1)
-        alpha = image_like((reach[0] / (reach[0] + reach[1])).clamp_(max=self.ALPHA_MAX), z)
-        z = ((z + self.ETA * from_z) * (1 - alpha) + (x0 + self.ETA * from_x0) * alpha).clamp_(0, 1)
-        logits, inside = net(z), (z - x0).abs().flatten(1).amax(1) <= self.eps
-        crossed, value = is_fooled(logits, lane["y"]), margin(logits, lane["y"])
-        replace_rows(lane, inside & (value < lane["margin"]), margin=value, best=z)
-        lane["z"] = torch.where(image_like(crossed, z), x0 + self.BETA * (z - x0), z)
-        return z, crossed & inside
+def fab(points, generator, iterations):
+    """Targeted FAB (Croce & Hein 2020, arXiv 1907.02044): step onto the linearised boundary to the
+    target, drawn to the clean point; once across it, step back towards the clean point. It draws
+    nothing from the generator."""
+    alpha_max, overshoot, backward = 0.1, 1.05, 0.9
+    x = points.x
+    z = x
+    for _ in range(iterations):
+        gap, gradient = points.gradient(z, logit_gap)
+        w = gradient.flatten(1)
+        gap_at_x = gap + (w * (x - z).flatten(1)).sum(1)
+        from_z = project_linf(z.flatten(1), w, gap)
+        from_x = project_linf(x.flatten(1), w, gap_at_x)
+        near = from_z.abs().amax(1).clamp_min(1e-8)
+        far = from_x.abs().amax(1).clamp_min(1e-8)
+        alpha = image_like((near / (near + far)).clamp(max=alpha_max))
+        moved_z = z + overshoot * from_z.view_as(z)
+        moved_x = x + overshoot * from_x.view_as(z)
+        z = ((1 - alpha) * moved_z + alpha * moved_x).clamp(0, 1)
+        crossed = points.margin(z) < 0
+        z = torch.where(image_like(crossed), x + backward * (z - x), z)
 
 
-class Square:
-    """Square attack: random search over squares whose side follows a schedule; values only, no gradient. sieve: a
-    faster network, by default `net`; where it finds an image no better than the best, `net` does not look at it."""
-
-    HALVE_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-
-    def __init__(self, net, eps, queries, sieve=None):
-        self.net, self.eps, self.targets, self.evaluations, self.sieve = net, eps, 1, queries + 1, sieve or net
-
-    def start(self, lane):
-        x0 = lane["x0"]
-        n, channels, height, width = x0.shape
-        low, high = (x0 - self.eps).clamp_(min=0), (x0 + self.eps).clamp_(max=1)
-        stripes = random_bits(lane["key"], channels * width).view(n, channels, 1, width) < 0
-        lane |= {"low": low, "high": high, "z": torch.where(stripes, low, high), "best": x0}
-        lane["margin"] = lane["sieved"] = x0.new_full((n,), math.inf)
-        halvings = torch.bucketize(torch.arange(self.evaluations), torch.tensor(self.HALVE_AFTER)).to(x0.device)
-        # the square's side at each step
-        self.sides = (0.8 * height * width / 2 ** halvings.double()).sqrt().round().clamp(1, min(height, width)).long()
-
-    def advance(self, lane):
-        """-> (scored images, bool: which of them fool)."""
-        z, y = lane["z"], lane["y"]
-        logits = self.sieve(z)
-        value = sieved = margin(logits, y)
-        if self.sieve is not self.net:  # about one image in twenty passes; the others' NaN neither lead nor fool
-            passed = sieved < lane["sieved"]
-            exact = self.net(z[passed])
-            logits = exact.new_full(logits.shape, math.nan).index_put_((passed,), exact)
-            value = margin(logits, y)
-        replace_rows(lane, value < lane["margin"], margin=value, sieved=sieved, best=z)
-        lane["z"] = self.propose(lane)
-        return z, is_fooled(logits, y)
-
-    def propose(self, lane):
-        """The best image with one square recoloured, each channel to one of its two bounds: from the stripes on, every
-        pixel lies on a bound, where adding +-2 eps and projecting means just that."""
-        _, channels, height, width = lane["best"].shape
-        side = self.sides[lane["step"]]
-        words = random_bits(lane["key"] + lane["step"] + 1, channels + 2)
-
-        def inside(word, length):
-            # Places 0 to length - side - 1, as in the official code: the last row and column stay out, though with all
-            # places, as in the paper, Square is stronger. The word's upper half times their number, shifted, is one.
-            first = ((((word >> 32) & 0xFFFFFFFF) * (length - side).clamp_(min=1)) >> 32)[:, None]
-            place = torch.arange(length, device=word.device)
-            return (place >= first) & (place < first + side[:, None])
-
-        square = inside(words[:, 0], height)[:, None, :, None] & inside(words[:, 1], width)[:, None, None, :]
-        colour = torch.where(words[:, 2:, None, None] < 0, lane["low"], lane["high"])
-        return torch.where(square, colour, lane["best"])
+def square_side(query, height, width):
+    """Side of the square at a query: its area starts at 0.8 of the image and halves on schedule."""
+    halvings = sum(query > after for after in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
+    side = round(math.sqrt(0.8 * height * width / 2**halvings))
+    return min(max(side, 1), height, width)
 
 
-def lane_count(wanted, batch_size, fixed):
-    """How many lanes to run for `wanted` jobs: as many, up to batch_size; where a new shape is dear (fixed: on CUDA or
-    compiled) the least of batch_size, its half, its quarter, ... (16 at the least) that holds them."""
-    size = batch_size if fixed else min(wanted, batch_size)
-    while fixed and size // 2 >= max(wanted, 16):
-        size //= 2
-    return size
+def square(points, generator, queries):
+    """Square attack (Andriushchenko et al. 2020, arXiv 1912.00049): random search without
+    gradients. Vertical stripes first; then one square of the best image takes new colours, each
+    channel one of its two bounds: from the stripes on, every pixel lies on a bound, where adding
+    +-2 eps and projecting means just that."""
+    low, high = ball(points)
+    channels, height, width = points.x.shape[1:]
+    device = points.x.device
 
+    def coin(*shape):
+        return torch.randint(2, shape, generator=generator).bool().to(device)
 
-def run_lanes(name, attack, exact, rows, make_lane, batch_size, fixed) -> dict:
-    """Run an attack on rows: all against their first target, those still robust against the second, ... -> the fooled:
-    {"rows": int64 [k], "images": [k,C,H,W] on the CPU, "seconds"}."""
-    began, lane, found, images = time.monotonic(), {}, [np.empty(0, np.int64)], [torch.empty(0)]
-    queue = np.stack([rows, np.zeros_like(rows)], 1)  # jobs to come: a row and which of its targets
-    jobs = np.full((lane_count(len(queue), batch_size, fixed), 2), -1)  # what each lane is at; -1: it idles along
-    while len(queue) or (jobs >= 0).any():
-        size = lane_count(len(queue) + (jobs[:, 0] >= 0).sum(), batch_size, fixed)
-        if size < len(jobs):
-            keep = np.argsort(jobs[:, 0] < 0, kind="stable")[:size]  # the busy ones first
-            jobs, keep = jobs[keep], torch.as_tensor(keep, device=lane["y"].device)
-            lane = {key: tensor.index_select(0, keep) for key, tensor in lane.items()}
-        idle = np.flatnonzero(jobs[:, 0] < 0)
-        fresh, queue = np.split(queue, [len(idle)])
-        if len(fresh):
-            jobs[idle[: len(fresh)]] = fresh
-            new = make_lane(*torch.from_numpy(fresh).unbind(1))
-            attack.start(new)
-            lane = lane or {key: tensor[:1].repeat_interleave(size, 0) for key, tensor in new.items()}
-            slots = torch.as_tensor(idle[: len(fresh)], device=new["y"].device)
-            for key, tensor in new.items():
-                lane[key][slots] = tensor.to(lane[key].dtype)  # a loss has the logits' dtype
-        scored, claims = attack.advance(lane)
-        step = lane["step"] + 1
-        lane["step"] = step.clamp(max=attack.evaluations - 1)  # of idle lanes
-        # this waits for the device
-        claims, used_up = torch.stack([claims, step >= attack.evaluations]).cpu().numpy() & (jobs[:, 0] >= 0)
-        fooled = claims & (attack.net is exact)
-        # another network that steers only claims; a lane that ends without success gets a last look, at its best point
-        for looked_at, asked in ((scored, claims), (lane["best"], used_up)) if attack.net is not exact else ():
-            slots = np.flatnonzero(asked & ~fooled)
-            if len(slots):
-                slots = torch.as_tensor(np.resize(slots, lane_count(len(slots), batch_size, fixed)), device=step.device)
-                hits = slots[is_fooled(exact(looked_at[slots]), lane["y"][slots])]
-                scored[hits] = looked_at[hits]
-                fooled[hits.cpu().numpy()] = True
-        if (fooled | used_up).any():
-            found.append(jobs[fooled, 0])
-            images.append(scored[torch.as_tensor(np.flatnonzero(fooled), device=step.device)].cpu())
-            again = jobs[used_up & ~fooled & (jobs[:, 1] + 1 < attack.targets)] + (0, 1)
-            queue, jobs[fooled | used_up] = np.concatenate([queue, again]), -1
-            show_progress(f"{name}: {len(queue) + (jobs[:, 0] >= 0).sum()} of {len(rows)} still to attack")
-    show_progress()
-    found, images = torch.from_numpy(np.concatenate(found)), torch.cat(images[1:] or images)
-    return {"rows": found, "images": images, "seconds": time.monotonic() - began}
+    best = torch.where(coin(channels, 1, width), low, high)
+    best_margin = points.margin(best)
+    for query in range(1, queries):
+        side = square_side(query, height, width)
+        # up to length - side - 1, as in the official code, which leaves out the last row and column
+        top = int(torch.randint(max(height - side, 1), (), generator=generator))
+        left = int(torch.randint(max(width - side, 1), (), generator=generator))
+        colour = torch.where(coin(channels, 1, 1), low, high)
+        z = best.clone()
+        window = (..., slice(top, top + side), slice(left, left + side))
+        z[window] = colour[window]
+        value = points.margin(z)
+        better = value < best_margin
+        best = torch.where(image_like(better), z, best)
+        best_margin = torch.where(better, value, best_margin)
 
 
 def warn_of_odd_models(net, x, y, logits, gradients):
-    """Warn of models for which the result would mislead; arguments: a first batch and its logits."""
-    apart, zero = float((net(x) - logits).abs().max() / logits.abs().max().clamp_min(1e-12)), 0.0
+    """Warn of models for which the result would mislead; arguments: a first batch and its
+    logits."""
+    said = []
+    apart = float((net(x) - logits).abs().max() / logits.abs().max().clamp_min(1e-12))
+    if apart > 1e-4:
+        said.append(f"the same images twice give logits {apart:.1e} apart: a randomised model")
+    if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-4).all():
+        said.append("the outputs are probabilities: return logits, softmax's gradients vanish")
     if gradients:
         slope = input_gradient(net, x, lambda logits: margin(logits, y))[2]
         zero = float((slope.flatten(1) == 0).all(1).double().mean())
-    softmax = (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-4).all()
-    said = {
-        f"the same images twice give logits {apart:.1e} apart: a randomised model looks too robust": apart > 1e-4,
-        "the outputs are probabilities: return logits, softmax's gradients vanish": softmax,
-        f"{100 * zero:.0f} % of the images have a zero input gradient: APGD and FAB are blind there": zero > 0.1,
-    }
-    for text in (text for text, holds in said.items() if holds):
+        if zero > 0.1:
+            said.append(
+                f"{100 * zero:.0f} % of the images have a zero input gradient: APGD is blind"
+            )
+    for text in said:
         warnings.warn(f"autoattack: {text}", stacklevel=3)
+
+
+def checked_logits(net, x, y, batch_size):
+    """Logits of x; ValueError unless they are finite [N,classes] and y are labels of theirs."""
+    logits = torch.cat([net(part) for part in x.split(batch_size)])
+    classes = logits.shape[-1]
+    if (
+        logits.shape != (len(y), classes)
+        or logits.dtype not in FLOATS
+        or not logits.isfinite().all()
+    ):
+        said = f"{logits.dtype} {list(logits.shape)}"
+        raise ValueError(f"logits are {said}: want finite float32 [{len(y)}, classes]")
+    if not 0 <= y.min() <= y.max() < classes or classes < 2:
+        raise ValueError(
+            f"y spans [{y.min()}, {y.max()}]: want labels of {classes} classes, two up"
+        )
+    return logits
 
 
 def autoattack(
     model, x, y, *, eps=8 / 255, attacks=AUTOATTACK, seed=0, batch_size=512, log=None,
-    iterations=100, queries=5000, targets=9, index=None, state=None, nets=None,
+    iterations=100, queries=5000, targets=9, state=None, nets=None,
 ) -> torch.Tensor:  # fmt: skip
-    """AutoAttack standard in the maximum norm (Croce & Hein 2020): each attack runs on the points that survived those
-    before it. model: nn.Module, [N,C,H,W] in [0,1] -> logits [N,classes]; run in eval mode and left as it was. x:
-    float32 or float64; y: int64 [N]; same device. Returns x_adv like x: a fooled point carries its adversarial image,
-    any other is unchanged. log: called with one line of text at a time. iterations: of APGD and FAB, per target. index:
-    int64 [N], the points' numbers in the random draws (default 0 .. N-1). Draws, and on a CPU results, do not depend on
-    batch_size. state: a mutable mapping; state[attack] is set when that attack has ended and used when the same call is
-    made again (that it is the same is the caller's care). nets: (steer, exact), the forwards that move images and that
-    decide, by default scoring_nets(model); a bfloat16 steer moves FAB only far from the ball and only preselects
-    Square's images, as both live on small differences of logits. Fewer than 10 classes: as many targets as there are;
-    fewer than 4: APGD-T climbs z_target - z_y, as DLR needs 4. ValueError for bad input."""
+    """AutoAttack standard in the maximum norm (Croce & Hein 2020): each attack runs on the points
+    that survived those before it. model: nn.Module, [N,C,H,W] in [0,1] -> logits [N,classes]; run
+    in eval mode and left as it was. x: float32 or float64; y: int64 [N]; same device. Returns x_adv
+    like x: a fooled point carries its adversarial image, any other is unchanged. log: called with
+    one line of text at a time. iterations: of APGD and FAB, per target. Draws are shared by all
+    points, so that results depend neither on batch_size nor, on a CPU, on the order. state: a
+    mutable mapping; state[attack] is set when that attack has ended and used when the same call is
+    made again (that it is the same is the caller's care). nets: (fast, exact), the forwards that
+    move images and that decide, by default scoring_nets(model). Fewer than 10 classes: as many
+    targets as there are; fewer than 4: APGD-T climbs z_target - z_y, as DLR needs 4. ValueError for
+    bad input."""
     check_images(x, y, FLOATS)
-    if not 0 <= eps <= 1 or min(batch_size, iterations, queries, targets) < 1 or not set(attacks) <= set(AUTOATTACK):
-        raise ValueError(f"eps {eps}, attacks {attacks}: want eps in [0,1], counts >= 1, attacks from {AUTOATTACK}")
-    x, x_adv, log = x.detach(), x.detach().clone(), log or (lambda line: None)
-    if not len(x):
+    counts_fit = min(batch_size, iterations, queries, targets) >= 1
+    if not 0 <= eps <= 1 or not counts_fit or not set(attacks) <= set(AUTOATTACK):
+        given = f"eps {eps}, attacks {attacks}"
+        raise ValueError(f"{given}: want eps in [0,1], counts >= 1, attacks from {AUTOATTACK}")
+    nets = nets or scoring_nets(model)
+    state = {} if state is None else state
+    log = log or (lambda line: None)
+    x = x.detach()
+    x_adv = x.clone()
+    if len(x) == 0:
         return x_adv
-    (steer, exact), state = nets or scoring_nets(model), {} if state is None else state
-    fixed = x.is_cuda or any(getattr(net, "sizes", ()) for net in (steer, exact))
-    index = torch.arange(len(x)) if index is None else index.cpu()
-    with eval_mode(exact), torch.no_grad(), ieee_float32():
-        logits = torch.cat([exact(part) for part in x.split(batch_size)])
-        classes = logits.shape[-1]
-        if logits.shape != (len(y), classes) or logits.dtype not in FLOATS or not logits.isfinite().all():
-            raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}: want finite float32 [{len(y)}, classes]")
-        if not 0 <= y.min() <= y.max() < classes or classes < 2:
-            raise ValueError(f"y spans [{y.min()}, {y.max()}]: want labels of {classes} classes, two at least")
-        steer, exact = checked(steer, exact, x[:batch_size], y[:batch_size])
-        warn_of_odd_models(exact, x[:batch_size], y[:batch_size], logits[:batch_size], set(attacks) != {"square"})
-        # column 0 is y itself, then come its rivals in the order of the clean logits
-        order = logits.scatter(1, y[:, None], math.inf).argsort(1, descending=True)
-        robust = (logits.argmax(1) == y).cpu()
-        log(f"clean     right {robust.sum()}, {100 * robust.double().mean():.2f} %")
-
-        def make_lane(rows, nth):  # nth: which target
-            key = hash64(hash64(hash64(hash64(number) + index[rows]) + nth))
-            rows, nth, key = (t.to(y.device) for t in (rows, nth, key))
-            target, step = order[rows, nth + 1], torch.zeros_like(rows)
-            return {"key": key, "step": step, "x0": x[rows], "y": y[rows], "target": target}
-
-        targets, climb = min(targets, classes - 1), targeted_dlr if classes >= 4 else logit_gap
-        fine = exact if getattr(steer, "dtype", 0) == torch.bfloat16 else steer
-        apgd = functools.partial(APGD, steer, eps, iterations, 0.0 if fine is steer else 2**-6)  # twice its grain
-        made = {
-            "apgd-ce": apgd(lambda z, lane: F.cross_entropy(z, lane["y"], reduction="none")),
-            "apgd-t": apgd(climb, targets),
-            "fab-t": FAB(fine, eps, iterations, targets, steer),
-            "square": Square(fine, eps, queries, steer),
-        }
+    with eval_mode(model), torch.no_grad(), ieee_float32():
+        nets = usable_nets(nets, x[:batch_size], y[:batch_size])
+        logits = checked_logits(nets[1], x, y, batch_size)
+        first = slice(0, batch_size)
+        gradients = set(attacks) != {"square"}
+        warn_of_odd_models(nets[1], x[first], y[first], logits[first], gradients)
+        robust = logits.argmax(1) == y
+        log(f"clean     right {_share(robust)}")
         for name in attacks:
             if name not in state:
-                number = torch.tensor(seed) + hash64(torch.tensor(1 + AUTOATTACK.index(name)))
-                rows = robust.nonzero()[:, 0].numpy()
-                state[name] = run_lanes(name, made[name], exact, rows, make_lane, batch_size, fixed)
-            found = state[name]
-            if len(found["rows"]):
-                robust[found["rows"]] = False
-                x_adv[found["rows"].to(x.device)] = found["images"].to(x.device)
-            log(f"{name:9} robust {robust.sum()}, {100 * robust.double().mean():.2f} %, {found['seconds']:.1f} s")
+                plan = attack_plan(name, iterations, queries, targets, logits.shape[1])
+                state[name] = run_attack(
+                    name, plan, nets, x, y, logits, robust, eps, seed, batch_size
+                )
+            rows = state[name]["rows"].to(x.device)
+            robust[rows] = False
+            x_adv[rows] = state[name]["images"].to(x_adv)
+            log(f"{name:9} robust {_share(robust)}, {state[name]['seconds']:.1f} s")
         if "square" in attacks[1:] and len(state["square"]["rows"]) > max(1, 0.002 * len(x)):
-            warnings.warn("autoattack: Square fooled what the gradient attacks missed: are they masked?", stacklevel=2)
+            said = "Square fooled what the gradient attacks missed: are they masked?"
+            warnings.warn(f"autoattack: {said}", stacklevel=2)
     return x_adv
 
 
-# 9  Evaluation ========================================================================================================
+def _share(robust):
+    return f"{robust.sum()}, {100 * robust.double().mean():.2f} %"
+
+
+def attack_plan(name, iterations, queries, targets, classes):
+    """(number of targets, attack) of an AutoAttack's name; attack: (points, generator) -> None."""
+    targets = min(targets, classes - 1)
+    if name == "apgd-ce":
+        return 1, functools.partial(apgd, iterations=iterations, objective=cross_entropy)
+    if name == "apgd-t":
+        climb = targeted_dlr if classes >= 4 else logit_gap
+        return targets, functools.partial(apgd, iterations=iterations, objective=climb)
+    if name == "fab-t":
+        return targets, functools.partial(fab, iterations=iterations)
+    return 1, functools.partial(square, queries=queries)
+
+
+def run_attack(name, plan, nets, x, y, logits, robust, eps, seed, batch_size) -> dict:
+    """Run one attack on the robust points, target after target on what is still robust. Returns the
+    fooled: {"rows": int64 [k], "images": [k,C,H,W], both on the CPU, "seconds"}."""
+    began = time.monotonic()
+    targets, attack = plan
+    # column 0 is y itself, then come its rivals in the order of the clean logits
+    rivals = logits.scatter(1, y[:, None], math.inf).argsort(1, descending=True)
+    left = robust.clone()
+    images = x.clone()
+    for nth in range(1, targets + 1):
+        for rows in left.nonzero()[:, 0].split(batch_size):
+            if len(rows) == 0:  # a split of nothing is one part
+                break
+            show_progress(f"{name}, target {nth} of {targets}: {left.sum()} points robust")
+            points = Points(nets, x[rows], y[rows], rivals[rows, nth], eps, batch_size)
+            draws_seed = derive_seed(seed, "autoattack", AUTOATTACK.index(name), nth)
+            with contextlib.suppress(AllFooled):
+                attack(points, generator=torch.Generator().manual_seed(draws_seed))
+            images[rows] = points.found
+            left[rows] = False
+            left[rows[points.left]] = True
+    show_progress()
+    rows = (robust & ~left).nonzero()[:, 0]
+    found = images[rows].cpu()
+    return {"rows": rows.cpu(), "images": found, "seconds": time.monotonic() - began}
+
+
+# 9  Evaluation ====================================================================================
 ATTACKS = ("clean", "pgd", "aa")
 
 
 @contextlib.contextmanager
 def ieee_float32():
     """Inside, no TF32: a verdict must not depend on ten bits."""
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [switch.fp32_precision for switch in switches]
     try:
-        switches = [(t, "allow_tf32", t.allow_tf32, False) for t in (cudnn, cuda)]
-    except RuntimeError:  # the importing program uses PyTorch's newer switches, which do not mix with these
-        switches = [(t, "fp32_precision", t.fp32_precision, "ieee") for t in (cudnn.conv, cuda)]
-    with contextlib.ExitStack() as afterwards:
-        for switch, name, before, strict in switches:
-            afterwards.callback(setattr, switch, name, before)
-            setattr(switch, name, strict)
+        for switch in switches:
+            switch.fp32_precision = "ieee"
         yield
+    finally:
+        for switch, precision in zip(switches, before):
+            switch.fp32_precision = precision
 
 
 def scoring_nets(model, cfg=None, counts=()):
-    """(steer, exact): what an evaluation's attacks move by, and what decides. A float32 Net as two copies: float16 on
-    CUDA, where it is as fast as bfloat16 and eight times as fine, elsewhere of cfg's precision (default: the fastest of
-    the device), and float32; with 'off' one copy twice, as any other module. RoBal's network gets its post-hoc head
-    beyond 10 classes: 10 * scores - 1.7 ln(n_c/N), attacked as such."""
+    """(fast, exact): what an evaluation's attacks move by, and what decides. A float32 Net as two
+    copies: float16 on CUDA, where it is as fast as bfloat16 and eight times as fine, elsewhere of
+    cfg's precision (default: the fastest of the device), and float32; with 'off' one copy twice, as
+    any other module. RoBal's network gets its post-hoc head beyond 10 classes: 10 * scores - 1.7
+    ln(n_c/N), attacked as such."""
     if not isinstance(model, Net):
-        return model, model
+        net = ForeignNet(model)
+        return net, net
     weight = next(model.parameters())
-    exact, amp = FrozenCopy(model, weight.dtype), cfg.amp if cfg else best_precision(weight.device)
-    low = torch.float16 if weight.is_cuda else AMP_DTYPE[amp]
-    nets = (exact if amp == "off" or weight.dtype != torch.float32 else FrozenCopy(model, low)), exact
-    for net in set(nets):
-        if isinstance(model[-1], CosineHead) and len(counts) > 10:
-            net.net[-1].scale, shares = 10.0, torch.tensor(counts) / sum(counts)
-            net.net[-1].prior.copy_(1.7 * shares.log())
-        if cfg and cfg.compile == "on":
+    exact = FrozenCopy(model, weight.dtype)
+    fast = exact
+    amp = cfg.amp if cfg else best_precision(weight.device)
+    if amp != "off" and weight.dtype == torch.float32:
+        fast = FrozenCopy(model, torch.float16 if weight.is_cuda else AMP_DTYPE[amp])
+    for net in {fast, exact}:
+        head = net.net[-1]
+        if isinstance(head, CosineHead) and len(counts) > 10:
+            head.scale = 10.0
+            head.prior.copy_(1.7 * (torch.tensor(counts) / sum(counts)).log())
+        if cfg and cfg.compile != "off":
             net.speed_up(EVAL_BATCH)
+    return fast, exact
+
+
+def usable_nets(nets, x, y):
+    """(fast, exact), or with a warning exact twice where a batch overflows the fast one's
+    float16."""
+    fast, exact = nets
+    if fast is not exact:
+        gradient = input_gradient(fast, x, lambda logits: margin(logits, y))[2]
+        if not gradient.isfinite().all():
+            warnings.warn("this network overflows float16: float32 attacks it", stacklevel=3)
+            return exact, exact
     return nets
 
 
-def checked(steer, exact, x, y):
-    """(steer, exact), or with a warning exact twice where a first batch is beyond the range of steer's precision."""
-    if steer is exact or input_gradient(steer, x, lambda logits: margin(logits, y))[2].isfinite().all():
-        return steer, exact
-    warnings.warn("this network overflows float16: its attacks move by float32", stacklevel=3)
-    return exact, exact
-
-
 def evaluate(
-    model, images_u8, labels, *, tail=(), attacks=("clean", "pgd"), eps=8 / 255, step_size=2 / 255, steps=20,
-    seed=0, batch_size=EVAL_BATCH, nets=None, log=None, state=None,
+    model, images_u8, labels, *, tail=(), attacks=("clean", "pgd"), eps=8 / 255, step_size=2 / 255,
+    steps=20, seed=0, batch_size=EVAL_BATCH, nets=None, log=None, state=None,
 ) -> dict:  # fmt: skip
-    """Accuracy on test images in percent: overall, per class, on the tail classes. images_u8: uint8 [N,3,H,W]; labels:
-    int64 [N], same device; tail: class indices. 'clean' is plain accuracy; 'pgd' the accuracy at the last iterate of
-    PGD (uniform start clipped to [0,1], one restart, no early exit); 'aa' the accuracy under AutoAttack standard, to
-    which log and state go. nets: (steer, exact), the forwards that ascend and that decide, by default
-    scoring_nets(model); verdicts are IEEE float32. Noise depends on the seed and on a batch's or point's number only;
-    under torchrun each rank takes whole batches, and all return the same. Returns clean, tail_clean, class_clean
-    (a list) and the like, with balanced_* (mean of the class accuracies) where classes differ in size; tail_* is None
-    where no image is of the tail. No global generator is touched and the model is left as it was. ValueError for no
-    images, or another dtype or shape."""
-    given = [f"{t.dtype} {list(t.shape)}" if torch.is_tensor(t) else str(type(t)) for t in (images_u8, labels)]
-    if not given[0].startswith("torch.uint8 [") or given[1] != f"torch.int64 [{len(images_u8)}]" or not len(images_u8):
-        raise ValueError(f"got images {given[0]}, labels {given[1]}: want uint8 [N,3,H,W] and int64 [N], N > 0")
-    if isinstance(attacks, str) or not set(attacks) <= set(ATTACKS) or batch_size < 1:
-        raise ValueError(f"attacks {attacks!r}, batch_size {batch_size}: want a sequence from {ATTACKS}, at least 1")
-    steer, exact = checked(*(nets or scoring_nets(model)), to_float(images_u8[:batch_size]), labels[:batch_size])
-    correct = {name: torch.zeros(len(labels), dtype=torch.bool, device=labels.device) for name in attacks}
-    if "aa" in attacks:
-        mine = torch.arange(len(labels), device=labels.device)
-        mine = mine[mine // batch_size % WORLD == RANK]
-        options = dict(eps=eps, seed=seed, batch_size=batch_size, log=log, state=state, nets=(steer, exact), index=mine)
-        adversarial = to_float(images_u8)
-        adversarial[mine] = autoattack(exact, to_float(images_u8[mine]), labels[mine], **options)
-    with eval_mode(exact), torch.no_grad():
-        for i in range(RANK, math.ceil(len(labels) / batch_size), WORLD):
-            part = slice(i * batch_size, (i + 1) * batch_size)
-            x, y = to_float(images_u8[part]), labels[part]
-            generator = torch.Generator(x.device).manual_seed(derive_seed(seed, "evaluation", i))
-            for name in attacks:
-                x_adv = adversarial[part] if name == "aa" else x
-                with ieee_float32():
-                    if name == "pgd":
-                        x_adv = pgd_attack(steer, x, y, eps=eps, step_size=step_size, steps=steps, generator=generator)
-                    logits = exact(x_adv)
-                correct[name][part] = (logits.argmax(1) == y) & ~logits.isnan().any(1)  # NaN is never right
-    counts, result = np.bincount(labels.cpu()), {}
-    tail = [c for c in tail if c < len(counts) and counts[c]]
-    for name, flags in correct.items():
-        hits = np.bincount(labels.cpu(), torch.stack(gather(flags.cpu())).any(0))
-        per_class = 100 * hits / counts.clip(1)
-        result |= {name: float(100 * hits.sum() / counts.sum()), f"class_{name}": per_class.round(4).tolist()}
-        result[f"tail_{name}"] = float(100 * hits[tail].sum() / counts[tail].sum()) if tail else None
-        if len({*counts}) > 1:
-            result[f"balanced_{name}"] = float(per_class[counts > 0].mean())
+    """Accuracy on test images in percent: overall, per class, on the tail classes. images_u8: uint8
+    [N,3,H,W]; labels: int64 [N], same device; tail: class indices. 'clean' is plain accuracy; 'pgd'
+    the accuracy at the last iterate of PGD (uniform start clipped to [0,1], one restart, no early
+    exit); 'aa' the accuracy under AutoAttack standard, to which log and state go. nets: (fast,
+    exact), the forwards that ascend and that decide, by default scoring_nets(model); verdicts are
+    IEEE float32. Noise depends on the seed and on a batch's number only; under torchrun each rank
+    takes whole batches, and all return the same. Returns clean, tail_clean, class_clean (a list)
+    and the like, with balanced_* (mean of the class accuracies) where classes differ in size;
+    tail_* is None where no image is of the tail. No global generator is touched and the model is
+    left as it was. ValueError for no images, or another dtype or shape."""
+    check_images(images_u8, labels, (torch.uint8,))
+    known = not isinstance(attacks, str) and set(attacks) <= set(ATTACKS)
+    if not known or batch_size < 1 or len(labels) == 0:
+        given = f"attacks {attacks!r}, batch_size {batch_size}, {len(labels)} images"
+        raise ValueError(f"{given}: want a sequence from {ATTACKS}, batch_size >= 1, images >= 1")
+    nets = nets or scoring_nets(model)
+    nets = usable_nets(nets, to_float(images_u8[:batch_size]), labels[:batch_size])
+    device = labels.device
+    rows = torch.arange(len(labels))
+    mine = rows[rows // batch_size % WORLD == RANK]
+    result = {}
+    for name in attacks:
+        correct = torch.zeros(len(labels), dtype=torch.bool, device=device)
+        images = None
+        if name == "aa":
+            images = to_float(images_u8)
+            options = dict(eps=eps, seed=seed, batch_size=batch_size, nets=nets)
+            x = images[mine]
+            images[mine] = autoattack(model, x, labels[mine], log=log, state=state, **options)
+        for part in mine.split(batch_size):
+            x = to_float(images_u8[part]) if images is None else images[part]
+            y = labels[part]
+            with eval_mode(nets[1]), torch.no_grad(), ieee_float32():
+                if name == "pgd":
+                    words = (seed, "evaluation", int(part[0]) // batch_size)
+                    noise = torch.Generator(device).manual_seed(derive_seed(*words))
+                    threat = dict(eps=eps, step_size=step_size, steps=steps, generator=noise)
+                    x = pgd_attack(nets[0], x, y, **threat)
+                logits = nets[1](x)
+            correct[part] = (logits.argmax(1) == y) & ~logits.isnan().any(1)  # NaN is never right
+        right = torch.stack(gather(correct.cpu())).any(0).numpy()
+        result |= accuracies(name, right, labels.cpu().numpy(), tail)
     return result
 
 
-def save_examples(path, net, images_u8, labels, count, log, *, eps, step_size, steps, seed=0):
-    """Write a PNG grid of `count` images spread over the set: clean, after PGD, ten times the difference; to the log
-    each label and what `net` (a module or FrozenCopy) says to both."""
+def accuracies(name, right, labels, tail):
+    """bool [N] -> {name, tail_, class_ and, where classes differ in size, balanced_name:
+    percent}."""
+    counts = np.bincount(labels)
+    hits = np.bincount(labels, right)
+    per_class = 100 * hits / counts.clip(1)
+    tail = [c for c in tail if c < len(counts) and counts[c] > 0]
+    result = {name: float(100 * hits.sum() / counts.sum()), f"tail_{name}": None}
+    if tail:
+        result[f"tail_{name}"] = float(100 * hits[tail].sum() / counts[tail].sum())
+    result[f"class_{name}"] = per_class.round(4).tolist()
+    if len(set(counts)) > 1:
+        result[f"balanced_{name}"] = float(per_class[counts > 0].mean())
+    return result
+
+
+def save_examples(path, nets, images_u8, labels, count, log, *, eps, step_size, steps, seed=0):
+    """Write a PNG grid of `count` images spread over the set: clean, after PGD, ten times the
+    difference; to the log each label and what the exact net says to both."""
     index = torch.linspace(0, len(labels) - 1, min(count, len(labels))).long()
-    x, y = to_float(images_u8[index]), labels[index]
-    generator = torch.Generator(x.device).manual_seed(derive_seed(seed, "examples"))
-    x_adv = pgd_attack(net, x, y, eps=eps, step_size=step_size, steps=steps, generator=generator)
-    triples = torch.stack([x, x_adv, (0.5 + 10 * (x_adv - x)).clamp(0, 1)], 1).flatten(0, 1)
-    with writing(path), eval_mode(net), torch.no_grad():
+    x = to_float(images_u8[index])
+    y = labels[index]
+    noise = torch.Generator(x.device).manual_seed(derive_seed(seed, "examples"))
+    threat = dict(eps=eps, step_size=step_size, steps=steps, generator=noise)
+    x_adv = pgd_attack(nets[1], x, y, **threat)
+    difference = (0.5 + 10 * (x_adv - x)).clamp(0, 1)
+    triples = torch.stack([x, x_adv, difference], 1).flatten(0, 1)
+    with torch.no_grad():
+        clean = nets[1](x).argmax(1).tolist()
+        attacked = nets[1](x_adv).argmax(1).tolist()
+    with writing(path):
         torchvision.utils.save_image(triples.cpu(), path, nrow=12)
-        said = zip(y.tolist(), net(x).argmax(1).tolist(), net(x_adv).argmax(1).tolist())
-    log(f"{path} (label: clean > attacked prediction) " + ", ".join("{}: {} > {}".format(*row) for row in said))
+    rows = zip(y.tolist(), clean, attacked)
+    said = ", ".join(f"{label}: {before} > {after}" for label, before, after in rows)
+    log(f"{path} (label: clean > attacked prediction) {said}")
 
 
-# 10  Runs and report ==================================================================================================
+# 10  Runs and report ==============================================================================
+# A run's folder: config.json, log.txt, teacher.pt, best.pt, last.pt, state.pt, results.json,
+# report.md; aa-*.pt while AutoAttack is under way. One process at a time holds it.
 def writing(path):
     """Around a write: one line for what cannot be written."""
     remedy = "check path, rights and free space, or try another --out; saved files are whole"
@@ -1693,14 +2378,19 @@ def writing(path):
 
 
 def write_atomic(path, content, rank=0):
-    """Write text, or what torch.save takes, so that readers and crashes see the old file or the new one. Of several
-    ranks only this one writes."""
+    """Write text, or what torch.save takes, so that readers and crashes see the old file or the new
+    one. Of several ranks only this one writes."""
     if RANK != rank:
         return
-    path, data = pathlib.Path(path), io.BytesIO(content.encode() if isinstance(content, str) else b"")
-    if not isinstance(content, str):
+    path = pathlib.Path(path)
+    data = io.BytesIO()
+    if isinstance(content, str):
+        data.write(content.encode())
+    else:
         torch.save(content, data)  # not to the file: torch would hide why a write has failed
-    temporary = path.with_name(path.name + ".tmp")  # always the same: what a killed process leaves is reused
+    temporary = path.with_name(
+        path.name + ".tmp"
+    )  # one name: what a killed process leaves is reused
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -1710,190 +2400,198 @@ def write_atomic(path, content, rank=0):
         os.replace(temporary, path)
 
 
+def write_json(path, content):
+    """As write_atomic."""
+    write_atomic(path, json.dumps(content, indent=1) + "\n")
+
+
 def read_json(path) -> dict:
     """What a JSON file of ours holds, {} where there is none; UserError where it is damaged."""
-    with blaming(f"{path} is damaged: restore it, or start afresh with --overwrite"):
-        return dict(json.loads(path.read_text())) if path.exists() else {}
+    if not path.exists():
+        return {}
+    remedy = "restore it, or remove the folder and start afresh"
+    with blaming(f"{path} is damaged: {remedy}", (OSError, ValueError, TypeError)):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-class Run:
-    """A run's folder, locked as long as this object's log is open; aa.pt is there while AutoAttack is under way.
-    Opening it compares settings and training images with those it was begun with: UserError where they differ."""
+@contextlib.contextmanager
+def hold_folder(path):
+    """Hold a run's folder; a second process waits here. Gives log(line): to log.txt and, on rank 0,
+    to the screen."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        name = os.devnull if RANK else path / "log.txt"
+        file = open(name, "a", encoding="utf-8", errors="replace")
 
-    FILES = ("config.json", "state.pt", "teacher.pt", "best.pt", "last.pt", "results.json", "report.md")
+    def log(line):
+        with writing(path / "log.txt"):
+            print(line, file=file, flush=True)
+        say(line)
 
-    def __init__(self, cfg, data, argv=()):
-        self.cfg, self.data, self.path = cfg, data, pathlib.Path(cfg.out)
-        self.clock = None  # when the training steps to estimate from began
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.file = open(os.devnull if RANK else self.path / "log.txt", "a", encoding="utf-8", errors="replace")
-        if not RANK:
-            self._claim()
+    with file:
+        if RANK == 0 and fcntl is not None:
+            with contextlib.suppress(OSError):  # a drive without locks
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    say(f"{path} is in use by another process: waiting for it to end")
+                    fcntl.flock(file, fcntl.LOCK_EX)
         gather(None)  # no rank looks into the folder before it is ours
-        self.environment = environment(cfg)
-        self.log(f"run {self.path}: " + ", ".join(f"{k} {v}" for k, v in self.environment.items()))
-        print("argv", *argv, file=self.file, flush=True)
-
-    def _claim(self):
-        """Lock the folder, empty it for --overwrite, write config.json or compare with the one that is there."""
-        busy = f"{self.path} is in use by another process: wait for it, or choose another --out"
-        with contextlib.suppress(OSError), blaming(busy, BlockingIOError):  # suppressed: a drive without locks
-            fcntl and fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if self.cfg.overwrite:
-            for old in (*map(self.path.joinpath, self.FILES), *self.path.glob("aa*.pt")):
-                old.unlink(missing_ok=True)
-            self.file.truncate(0)
-        path, mine = self.path / "config.json", identity(self.cfg) | {"images": self.data.crc32("train")}
-        theirs = read_json(path).get("identity", mine)
-        odd = [f"{k} {theirs.get(k)} there, {mine[k]} here" for k in mine if theirs.get(k) != mine[k]]
-        if odd:
-            raise UserError(f"{self.path} holds another run ({', '.join(odd)}): choose another --out, or --overwrite")
-        write_atomic(path, json.dumps({"identity": mine, "config": asdict(self.cfg)}, indent=1) + "\n")
-
-    def log(self, line):
-        """One line to log.txt and to the screen."""
-        with writing(self.path / "log.txt"):
-            print(line, file=self.file, flush=True)
-        if not RANK:
-            print(line, flush=True)
-
-    def save_model(self, name, weights, epoch):
-        write_atomic(self.path / f"{name}.pt", dict(state_dict=weights, epoch=epoch, arch=self.cfg.arch))
-
-    def save_state(self, name, at, *parts):
-        """state.pt: the training's name, what is true after its last complete epoch, network and optimiser; then
-        best.pt from it, so that the two never disagree."""
-        write_atomic(self.path / "state.pt", dict(name=name, at=at, parts=[part.state_dict() for part in parts]))
-        if at["best"]:
-            self.save_model("best", **at["best"])
-
-    def load_state(self, name, at, *parts):
-        """Fill the parts from state.pt and return its `at`; the given `at` where there is none of this training."""
-        path = self.path / "state.pt"
-        with blaming(f"{path} does not fit this run: start afresh with --overwrite"):
-            state = read_checkpoint(path) if path.exists() else {}
-            if state.get("name") == name:
-                for part, saved in zip(parts, state["parts"], strict=True):
-                    part.load_state_dict(saved)
-                at = {key: state["at"][key] for key in at}
-                self.log(f"{name}: going on after epoch {at['epoch']}")
-        if at["best"]:
-            self.save_model("best", **at["best"])
-        return at
-
-    def estimate(self, step, seen):
-        """From steps 2 to 5 of the first training, say once how long a run takes. AutoAttack: 2,400 passes a point, as
-        its attacks, of 303, 2,727, 3,600 and 5,001, get 46, 22, 19 and 19 % of the points (Table 2)."""
-        if step == 1 and self.clock != ():
-            self.clock = time.perf_counter(), seen
-        elif step == 5 and self.clock:
-            image, self.clock = (time.perf_counter() - self.clock[0]) / (seen - self.clock[1]), ()
-            cfg, needed, tests = self.cfg, METHODS[self.cfg.method].teacher, len(self.data.test_labels)
-            teacher, its_data = teacher_task(cfg, self.data) if needed else (cfg, self.data)
-            passes = math.ceil(cfg.epochs / 4) * 62, 2 * (3 * cfg.eval_steps + 2 + 2400 * ("aa" in cfg.attacks))
-            parts = {"teacher": teacher.epochs * len(its_data.train_labels) * needed}
-            parts["student"] = cfg.epochs * len(self.data.train_labels)
-            parts |= {part: tests * n / (3 * cfg.steps + 8) for part, n in zip(("selection", "evaluation"), passes)}
-            took = {part: timedelta(seconds=round(n * image)) for part, n in parts.items()}
-            each = ", ".join(f"{part} {time}" for part, time in took.items())
-            self.log(f"a whole run takes about {sum(took.values(), timedelta())} on this device ({each})")
-
-    def save_results(self, part="", seconds=0.0, **changes):
-        """Change results.json and add to the seconds of a part of the run."""
-        path = self.path / "results.json"
-        known = read_json(path)
-        spent = known.get("seconds", {})
-        changes["seconds"] = {**spent, part: round(spent.get(part, 0) + seconds, 3)}
-        write_atomic(path, json.dumps({**known, **changes}, indent=1) + "\n")
-        gather(None)
+        yield log
 
 
-def environment(cfg):
-    """What the figures of a run depend on: device and versions."""
-    name = f"cpu, {torch.get_num_threads()} threads"
-    with contextlib.suppress(OSError, AttributeError):
-        name += ", " + re.search("model name.*: (.*)", pathlib.Path("/proc/cpuinfo").read_text()).group(1)
-    if cfg.device.startswith("cuda"):
-        name = f"{torch.cuda.get_device_name(cfg.device)}, CUDA {torch.version.cuda}"
-    versions = {m.__name__: m.__version__ for m in (torch, torchvision, np, triton) if m}
-    return {"device": f"{WORLD} x {name}", **versions, "python": sys.version.split()[0], "system": sys.platform}
+def identity(cfg) -> dict:
+    """The Settings of a Config: what makes a run the run it is."""
+    return {f.name: getattr(cfg, f.name) for f in fields(Settings)}
 
 
-def identity(cfg):
-    """The settings that make a run what it is: another value needs another folder."""
-    return {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata.get("identity", True)}
-
-
-def run_name(cfg):
-    """A folder name: the settings people vary, then a checksum of all (and of the place of a folder's data)."""
-    place = str(pathlib.Path(cfg.data_dir).resolve()) if cfg.data == "folder" else ""
+def run_path(cfg) -> pathlib.Path:
+    """A run's folder: below --out, named by what people vary and a checksum of all Settings (for
+    --data folder also of the place)."""
+    place = os.path.realpath(cfg.data_dir) if cfg.data == "folder" else ""
     digest = zlib.crc32(json.dumps([identity(cfg), place]).encode())
     ratio = "owncounts" if cfg.ir is None else f"ir{cfg.ir:g}"
-    return f"{cfg.data}-{ratio}-{cfg.method}-{cfg.arch}-seed{cfg.seed}-{digest:08x}"
+    method = "teacher" if cfg.role == "teacher" else cfg.method
+    words = [cfg.data, ratio, method, cfg.arch, f"seed{cfg.seed}", f"{digest:08x}"]
+    return pathlib.Path(cfg.out, "-".join(words))
 
 
-class SavedState(dict):
-    """AutoAttack's state on disk: what an interrupted evaluation of the same `key` goes on from."""
+def environment(cfg) -> dict:
+    """What figures depend on beside the Settings: device, precision, processes, versions."""
+    device = f"cpu ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+    if cfg.device.startswith("cuda"):
+        device = f"{torch.cuda.get_device_name(cfg.device)}, CUDA {torch.version.cuda}"
+    known = dict(device=device, processes=WORLD, amp=cfg.amp, compile=cfg.compile)
+    known |= dict(python=sys.version.split()[0], system=sys.platform)
+    for module in (torch, torchvision, np, triton):
+        if module is not None:
+            known[module.__name__] = module.__version__
+    return known
 
-    def __init__(self, path, key):
-        self.path, self.key, saved = path, key, read_checkpoint(path) if path.exists() else {}
-        super().__init__(saved["state"] if saved.get("key") == key else {})
 
-    def __setitem__(self, name, found):
-        super().__setitem__(name, found)
-        write_atomic(self.path, {"key": self.key, "state": dict(self)}, RANK)
+def open_run(cfg, data, path, log):
+    """Write config.json, or compare with the one that is there: UserError where Settings or
+    training images differ."""
+    own = identity(cfg) | {"images": data.crc32("train")}
+    known = read_json(path / "config.json")
+    if known.get("identity", own) != own:
+        remedy = "choose another --out"
+        raise UserError(f"{path} holds a run of other settings or training images: {remedy}")
+    about = environment(cfg)
+    log(f"run {path}: " + ", ".join(f"{name} {value}" for name, value in about.items()))
+    before = known.get("environment", about)["processes"]
+    if before != WORLD:
+        log(f"going on with {WORLD} processes, begun with {before}")
+    classes = dict(names=data.classes, counts=data.counts, tail=data.tail)
+    content = dict(identity=own, config=asdict(cfg), environment=about, classes=classes)
+    write_json(path / "config.json", content)
 
 
-def evaluation_key(cfg, name):
-    """A checkpoint's key in results.json: its name, plus any other threat than eps and 20 steps of 2."""
-    threat = (cfg.eval_eps, cfg.eval_steps, cfg.eval_step_size)
-    return name if threat == (cfg.eps, 20, 2.0) else name + ", eps {:g} in {} steps of {:g}".format(*threat)
+def save_model(path, cfg, data, model, epoch):
+    """A checkpoint that load_weights reads: public parameter names, and the names of the
+    classes."""
+    content = dict(state_dict=weights_of(model), epoch=epoch, arch=cfg.arch)
+    write_atomic(path, content | dict(classes=list(data.classes)))
+
+
+def load_state(path, trainer, log) -> dict:
+    """Fill network and optimiser from state.pt and return the rest of it; {} where there is
+    none."""
+    file = path / "state.pt"
+    if not file.exists():
+        return {}
+    damaged = (KeyError, TypeError, ValueError, RuntimeError, AttributeError)
+    with blaming(f"{file} does not fit this run: remove it to train from the start", damaged):
+        state = read_checkpoint(file)
+        trainer.load(state)
+        log(f"{trainer.cfg.role}: going on after epoch {state['epoch']}")
+    return state
 
 
 def load_net(cfg, data, path):
-    """(model, epoch, (steer, exact)) of a checkpoint file of this Config's method, on its device."""
-    model = build_model(cfg.arch, len(data.classes), METHODS[cfg.method].head)
-    epoch = load_weights(model, path)
-    return model, epoch, scoring_nets(model.to(cfg.device), cfg, data.counts)
+    """(model, epoch, (fast, exact)) of a checkpoint file of this Config's method, on its device.
+    --mean and --std hold where cfg.checkpoint says that the network is not one of ours."""
+    normalise = {}
+    wanted = f"--mean {cfg.mean} --std {cfg.std}: want both, three numbers each"
+    with blaming(wanted, (ValueError, AttributeError, RuntimeError)):
+        if cfg.checkpoint and (cfg.mean or cfg.std):
+            normalise["mean"] = [float(value) for value in cfg.mean.split(",")]
+            normalise["std"] = [float(value) for value in cfg.std.split(",")]
+        head = METHODS[cfg.method].head
+        model = build_model(cfg.arch, len(data.classes), head, **normalise)
+    epoch = load_weights(model, path, data.classes)
+    model = model.to(cfg.device)
+    return model, epoch, scoring_nets(model, cfg, data.counts)
 
 
-def evaluate_run(cfg, data, run):
-    """Evaluate teacher, best and last, or --checkpoint, under this Config's threat, as far as results.json lacks it. An
-    entry belongs to weights, threat and test images; best and last are evaluated once where they are the same."""
-    threat = dict(eps=cfg.eval_eps / 255, step_size=cfg.eval_step_size / 255, steps=cfg.eval_steps, seed=cfg.seed)
-    test, aa_path = {"images": len(data.test_labels), "crc32": data.crc32("test")}, run.path / f"aa{RANK or ''}.pt"
-    about = {"counts": data.counts, "classes": data.classes, "tail_classes": data.tail, "test": test}
-    names = ["teacher"] * METHODS[cfg.method].teacher + ["best", "last"]
-    for name in [cfg.checkpoint] if cfg.checkpoint else names:
-        began, key = time.perf_counter(), evaluation_key(cfg, name)
-        path = pathlib.Path(name if cfg.checkpoint else run.path / f"{name}.pt")
-        model, epoch, nets = load_net(*(teacher_task(cfg, data) if name == "teacher" else (cfg, data)), path)
-        if cfg.examples and not RANK:
-            grid = run.path / f"examples-{path.stem}.png"
-            save_examples(grid, nets[1], data.test_images, data.test_labels, cfg.examples, run.log, **threat)
-        results, crc32 = gather(read_json(run.path / "results.json"))[0], weights_crc32(model)
-        known, entry = results.get("checkpoints", {}) if results.get("data") == about else {}, {}
-        for twin in (evaluation_key(cfg, "best"), key):
-            entry |= known[twin] if known.get(twin, {}).get("crc32") == crc32 else {}
-        attacks = cfg.attacks.replace("aa", "") if name == "teacher" else cfg.attacks  # Table 6 has none
-        wanted = [attack for attack in ATTACKS if attack in attacks.split(",") and attack not in entry]
-        entry = {**entry, "epoch": epoch, "crc32": crc32}
-        if wanted:
-            state = SavedState(aa_path, f"{key} {crc32} {test['crc32']} {cfg.amp} {RANK}/{WORLD}")
-            run.log(f"evaluating {name}: {', '.join(wanted)}" + f" (of AutoAttack 1 share of {WORLD})" * (WORLD > 1))
-            options = dict(threat, tail=data.tail, attacks=wanted, nets=nets, log=run.log, state=state)
-            entry |= evaluate(model, data.test_images, data.test_labels, **options)
-        if known.get(key) != entry:
-            about_run = dict(config=asdict(cfg), environment=run.environment, data=about)
-            run.save_results("evaluation", time.perf_counter() - began, **about_run, checkpoints={**known, key: entry})
-        if "aa" in wanted:
-            aa_path.unlink(missing_ok=True)
+def threat_of(cfg, unit=1) -> dict:
+    """The attack of an evaluation, in 255ths as its records name it, or by the unit."""
+    sizes = dict(eps=cfg.eval_eps / unit, step_size=cfg.eval_step_size / unit)
+    return sizes | dict(steps=cfg.eval_steps)
 
 
-# The paper's tables: number, data, IR, arch, method (teacher: PGD-AT on D_B); clean PGD-20 AA T-clean T-PGD of the
-# best, then the last epoch. A dash: not given, or lost in its text.
+def evaluate_run(cfg, data, path, log):
+    """Evaluate teacher, best and last, or --checkpoint, as far as results.json lacks it."""
+    files = dict(best=path / "best.pt", last=path / "last.pt")
+    if METHODS[cfg.method].teacher:
+        files = dict(teacher=path / "teacher.pt") | files
+    if cfg.checkpoint:
+        files = {cfg.checkpoint: pathlib.Path(cfg.checkpoint)}
+    for name, file in files.items():
+        its_cfg = teacher_config(cfg) if name == "teacher" else cfg
+        evaluate_checkpoint(its_cfg, data, path, name, file, log)
+
+
+def evaluate_checkpoint(cfg, data, path, name, file, log):
+    """Score one checkpoint: a flat record of results.json, which belongs to weights, test images
+    and threat. Best and last are scored once where they are one."""
+    model, epoch, nets = load_net(cfg, data, file)
+    threat = threat_of(cfg, 255) | {"seed": cfg.seed}
+    images = data.test_images
+    labels = data.test_labels
+    if cfg.examples and RANK == 0:
+        grid = path / f"examples-{file.stem}.png"
+        save_examples(grid, nets, images, labels, cfg.examples, log, **threat)
+    about = dict(weights=weights_crc32(model), test_images=data.crc32("test"), **threat_of(cfg))
+    records = gather(read_json(path / "results.json"))[0].get("evaluations", [])
+    record = {}
+    for other in records:
+        if about.items() <= other.items():
+            record |= other
+    record |= dict(checkpoint=name, epoch=epoch) | about
+    wanted = [attack for attack in cfg.attacks.split(",") if attack not in record]
+    key = f"{about} {cfg.amp} {RANK}/{WORLD}"
+    saved = path / f"aa-{zlib.crc32(key.encode()):08x}.pt"
+    if wanted:
+        log(f"evaluating {name}: {', '.join(wanted)}")
+        state = read_checkpoint(saved) if saved.exists() else {}
+
+        def log_and_save(line):  # AutoAttack has a line for each attack that has ended
+            write_atomic(saved, state, rank=RANK)
+            log(line)
+
+        options = dict(tail=data.tail, state=state, log=log_and_save)
+        options |= dict(attacks=wanted, **threat)
+        try:
+            scores = evaluate(model, images, labels, nets=nets, **options)
+        except Exception as error:
+            nets = scoring_nets(model, plainer(cfg, error, log), data.counts)
+            scores = evaluate(model, images, labels, nets=nets, **options)
+        record |= scores
+        record["evaluated_on"] = environment(cfg)
+        if cfg.checkpoint and record.get("clean", 100) <= 150 / len(data.classes):
+            causes = "normalised images (--mean, --std), another order of the classes"
+            log(f"{name} is near chance: was it trained on {causes}?")
+    same = threat_of(cfg) | {"checkpoint": name}
+    kept = [other for other in records if not same.items() <= other.items()]
+    write_json(path / "results.json", {"evaluations": [*kept, record]})
+    gather(None)  # the record is there before another rank asks for it
+    saved.unlink(missing_ok=True)
+
+
 # fmt: off
+# The paper's tables: number, data, IR, arch, method (teacher: PGD-AT on D_B); clean PGD-20 AA
+# T-clean T-PGD of the best, then the last epoch. A dash: not given, or lost in its text.
 PAPER = """1 cifar10 50 resnet18 pgd-at 52.71 29.30 27.57 12.7 1.0 56.39 26.98 25.81 20.8 2.2
 1 cifar10 50 resnet18 trades 45.79 28.66 27.01 6.7 0.8 47.10 28.00 26.45 6.4 0.6
 1 cifar10 50 resnet18 mart 44.03 29.36 27.59 5.0 0.5 47.33 28.08 26.55 10.9 1.0
@@ -1956,259 +2654,382 @@ PAPER = """1 cifar10 50 resnet18 pgd-at 52.71 29.30 27.57 12.7 1.0 56.39 26.98 2
 8 cifar100 10 wrn34-10 at-bsl 50.05 18.96 17.10 38.3 13.3 47.95 16.40 15.31 32.2 9.5
 8 cifar100 10 wrn34-10 ltsd 50.55 23.43 20.16 38.4 19.5 50.87 22.21 19.44 42.5 18.4"""
 # fmt: on
-NAMES = ("teacher", "best", "last")
-COLUMNS = dict(clean="clean", pgd="PGD-20", aa="AA", tail_clean="T-clean", tail_pgd="T-PGD", tail_aa="T-AA")
-# What the paper leaves open, or what cannot matter to its numbers: any value may stand beside them.
-FREE = ("seed", "amp", "compile", "alpha", "tau", "kd", "reat_tail")
+CHECKPOINTS = ("teacher", "best", "last")
+COLUMNS = dict(
+    clean="clean", pgd="PGD-20", aa="AA", tail_clean="T-clean", tail_pgd="T-PGD", tail_aa="T-AA"
+)
+# What tells the paper's rows apart, and what it leaves open: there any value stands beside its row.
+FREE = ("data", "ir", "method", "arch", "aug", "official", "seed", "alpha", "tau", "kd")
 
 
 def paper_row(cfg, name) -> dict:
-    """The paper's numbers {column: percent or None} for a checkpoint ('teacher', 'best', 'last') of a resolved Config
-    under the standard threat; {} where it has none for these settings."""
-    if cfg.method not in METHODS or name not in NAMES or evaluation_key(cfg, name) != name:
+    """The paper's numbers {column: percent or None} for a checkpoint ('teacher', 'best', 'last') of
+    a resolved Config under the standard threat; {} where it has none for these settings."""
+    if cfg.method not in METHODS or name not in CHECKPOINTS:
         return {}
-    names = ("data", "ir", "method", "arch", "aug", "official")
-    usual = Config(**{k: getattr(cfg, k) for k in names}, device="cpu", amp="off", compile="off")
-    usual, mine = identity(resolve(usual)), identity(cfg)
-    method = ("teacher" if name == "teacher" else cfg.method) + ("" if cfg.aug == "none" else f"+{cfg.aug}")
-    key = [cfg.data, f"{cfg.ir or 0:g}", cfg.arch, method]
-    rows = [cells for cells in map(str.split, PAPER.splitlines()) if cells[1:5] == key]
-    if not rows or any(mine[k] != usual[k] for k in mine if k not in FREE):
+    usual = resolve(Config(device="cpu", **{key: getattr(cfg, key) for key in FREE}))
+    if identity(usual) != identity(cfg) or threat_of(usual) != threat_of(cfg):
         return {}
-    return dict(zip(COLUMNS, [None if n == "-" else float(n) for n in rows[0][10 if name == "last" else 5 :][:5]]))
+    method = "teacher" if name == "teacher" else cfg.method
+    label = f"{method}+{cfg.aug}".removesuffix("+none")
+    first = 10 if name == "last" else 5
+    for line in PAPER.splitlines():
+        cells = line.split()
+        if cells[1:5] == [cfg.data, f"{cfg.ir:g}", cfg.arch, label]:
+            numbers = [None if cell == "-" else float(cell) for cell in cells[first : first + 5]]
+            return dict(zip(COLUMNS, numbers))
+    return {}
 
 
-def read_run(path, cfg):
-    """(Config, identity, {checkpoint: entry}, data) of a run folder under the evaluation settings of `cfg`; UserError
-    that says what it lacks."""
-    remedy = "make one with --stage eval, or name runs as in --stage report 'runs/*'"
-    with blaming(f"{path} holds no such evaluation: {remedy}"):
-        config, results = read_json(path / "config.json"), read_json(path / "results.json")
-        own = Config(**config["config"])
-        threat = dict(eval_step_size=cfg.eval_step_size, eval_steps=cfg.eval_steps)
-        own = replace(own, eval_eps=own.eps if cfg.eval_eps is None else cfg.eval_eps, **threat)
-        names, found = [cfg.checkpoint] if cfg.checkpoint else NAMES, results["checkpoints"]
-        shown = {n: found[evaluation_key(own, n)] for n in names if evaluation_key(own, n) in found}
-        [float(entry.get(column) or 0) for entry in shown.values() for column in COLUMNS]  # are they numbers?
-        return own, config["identity"], shown or found[evaluation_key(own, "best")], results["data"]
+def summary(values):
+    """Mean and sample standard deviation; NaN for no values, a deviation of 0 for a single one."""
+    if len(values) == 0:
+        return math.nan, 0.0
+    return float(np.mean(values)), float(np.std(values, ddof=min(1, len(values) - 1)))
 
 
-@dataclass
 class Setting:
-    """Runs that differ in nothing but the seed: a row of the table, a mark in the figures."""
+    """Runs that differ in nothing but the seed: rows of the table, a mark in the figures."""
 
-    cfg: Config
-    own: dict  # identity but for the seed
-    words: dict  # setting -> how the label says it
-    runs: list  # {checkpoint: entry} of each run
+    def __init__(self, cfg, own, records):
+        self.cfg = cfg
+        self.own = own | dict(seed=None, images=None)  # what makes it another Setting
+        self.seeds = [cfg.seed]
+        self.records = records  # of all its runs, from results.json
+        ratio = "own counts" if cfg.ir is None else f"IR {cfg.ir:g}"
+        method = f"{cfg.method}+{cfg.aug}".removesuffix("+none")
+        self.words = dict(data=cfg.data, ir=ratio, arch=cfg.arch, method=method)
+        self.details = {}  # what else tells it from the others with the same words
 
-    def label(self, *without):
-        return " ".join(word for key, word in self.words.items() if key not in without)
+    def label(self, without=""):
+        """Its name, but for what is said of one setting."""
+        words = self.words | self.details
+        return " ".join(word for key, word in words.items() if key != without)
 
-    def stat(self, column, name="best"):
-        """(mean, sample standard deviation, number of runs) of a checkpoint's column; None where no run has it."""
-        values = [run[name][column] for run in self.runs if run.get(name, {}).get(column) is not None]
-        return (np.mean(values), np.std(values, ddof=int(len(values) > 1)), len(values)) if values else None
+    def values(self, column, checkpoint="best"):
+        """The runs' values of a column, as far as they have it."""
+        found = [other.get(column) for other in self.records if other["checkpoint"] == checkpoint]
+        return [value for value in found if value is not None]
+
+    def score(self, column, checkpoint="best"):
+        """(mean, deviation) of a column over the runs."""
+        return summary(self.values(column, checkpoint))
+
+
+def read_run(path, cfg) -> Setting:
+    """A folder's evaluations under the evaluation settings of cfg; UserError where there are
+    none."""
+    remedy = "evaluate it with --stage eval, or name runs as in --stage report 'runs/*'"
+    damaged = (KeyError, TypeError, ValueError, AttributeError)
+    with blaming(f"{path} holds no such evaluation: {remedy}", damaged):
+        config = read_json(path / "config.json")
+        own = Config(**config["config"])
+        own = replace(own, eval_steps=cfg.eval_steps, eval_step_size=cfg.eval_step_size)
+        if cfg.eval_eps is not None:
+            own = replace(own, eval_eps=cfg.eval_eps)
+        wanted = threat_of(own)
+        if cfg.checkpoint:
+            wanted["checkpoint"] = cfg.checkpoint
+        records = read_json(path / "results.json")["evaluations"]
+        records = [record for record in records if wanted.items() <= record.items()]
+        if not records:
+            raise ValueError("none under this threat")
+        return Setting(own, config["identity"], records)
 
 
 def by_setting(runs) -> list:
-    """What read_run returned -> Settings in the order of their first run; labels name what sets them apart."""
-    settings = {}
-    for cfg, own, shown, _ in runs:
-        own = {**own, "seed": None}
-        settings.setdefault(json.dumps(own), Setting(cfg, own, {}, [])).runs.append(shown)
-    for s in settings.values():
-        s.words = {"data": s.cfg.data, "ir": f"IR {s.cfg.ir or 0:g}".replace("IR 0", "own counts"), "arch": s.cfg.arch}
-        s.words["method"] = s.cfg.method if s.cfg.aug == "none" else f"{s.cfg.method}+{s.cfg.aug}"
-        rivals = [r.own for r in settings.values() if all(r.own[k] == s.own[k] for k in (*s.words, "aug"))]
-        s.words |= {k: f"{k} {v}" for k, v in s.own.items() if any(own.get(k) != v for own in rivals)}
-        s.words["seed"] = f"seed {s.cfg.seed}" if len(s.runs) == 1 else f"({len(s.runs)} runs)"
-    return list(settings.values())
+    """What read_run gives, runs that differ only in the seed made one, in the order of the first;
+    labels name what sets them apart."""
+    first = {}
+    for run in runs:
+        known = first.setdefault(json.dumps(run.own), run)
+        if known is not run:
+            known.seeds += run.seeds
+            known.records += run.records
+    for setting in first.values():
+        for rival in first.values():
+            if rival.words == setting.words:
+                for key, value in setting.own.items():
+                    if rival.own.get(key) != value:
+                        setting.details[key] = f"{key} {value}"
+    return list(first.values())
 
 
-def markdown(rows):
-    """Rows of cells, the first of them headings -> lines of an aligned table; two columns of text, then numbers."""
-    rows = [rows[0], ["---", "---"] + ["---:"] * (len(rows[0]) - 2), *rows[1:]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = [[c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in rows]
-    return ["| " + " | ".join(row) + " |" for row in padded]
+def markdown(rows) -> list:
+    """Rows of cells, the first of them headings -> lines of an aligned table; two columns of text,
+    then numbers."""
+    numbers = len(rows[0]) - 2
+    sides = "<<" + ">" * numbers
+    rule = ["---", "---"] + ["---:"] * numbers
+    rows = [rows[0], rule, *rows[1:]]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
-def table(runs) -> str:
-    """What read_run returned as Markdown in the paper's layout: a line per checkpoint, mean and standard deviation over
-    the seeds, below it the paper's values and the gap."""
-    columns = [c for c in COLUMNS if any(e.get(c) is not None for _, _, shown, _ in runs for e in shown.values())]
-    rows = [["setting", "checkpoint", *(COLUMNS[c].replace("20", str(runs[0][0].eval_steps)) for c in columns)]]
-    for s, name in itertools.product(by_setting(runs), dict.fromkeys([*NAMES, *runs[0][2]])):
-        stats, epochs = [s.stat(c, name) for c in columns], {run[name]["epoch"] for run in s.runs if name in run}
-        if not epochs:
-            continue
-        cells = [f"{t[0]:.2f}" + f" ± {t[1]:.2f}" * (t[2] > 1) if t else "-" for t in stats]
-        cells = [c + (f" (n={t[2]})" if t and t[2] < len(s.runs) else "") for c, t in zip(cells, stats)]
-        rows.append([s.label(), name + (f" (epoch {epochs.pop()})" if len(epochs) == 1 else ""), *cells])
-        if paper := paper_row(s.cfg, name):
-            pairs = [(t, paper.get(c)) for c, t in zip(columns, stats)]
-            rows.append(["", "paper", *("-" if p is None else f"{p:.2f}" for _, p in pairs)])
-            rows.append(["", "gap", *(f"{t[0] - p:+.2f}" if t and p is not None else "-" for t, p in pairs)])
-    tails = {f"{len(data['tail_classes'])} of {len(data['classes'])} ({cfg.data})" for cfg, _, _, data in runs}
-    threats = ", ".join(sorted({f"{cfg.eval_eps:g}/255" for cfg, *_ in runs}))
-    note = f"In %; eps {threats}. T-: the rarest classes, {', '.join(sorted(tails))}. best: highest PGD accuracy"
-    note += " (natural: clean) in the last quarter of the epochs, chosen on the test set, as AT-BSL does."
-    return "\n".join([*markdown(rows), "", note])
+def shown(number, style=".2f"):
+    """A number as a cell of the table; a dash for NaN."""
+    return "-" if math.isnan(number) else format(number, style)
+
+
+def setting_rows(setting, checkpoint, columns):
+    """The table's rows for a checkpoint of a Setting: ours, the paper's, the gap."""
+    epochs = sorted(map(str, set(setting.values("epoch", checkpoint))))
+    seeds = ",".join(map(str, setting.seeds))
+    ours = [f"{setting.label()} seed {seeds}", f"{checkpoint} (epoch {', '.join(epochs)})"]
+    theirs = ["", "paper"]
+    gaps = ["", "gap"]
+    paper = paper_row(setting.cfg, checkpoint)
+    for column in columns:
+        values = setting.values(column, checkpoint)
+        mean, deviation = summary(values)
+        cell = shown(mean)
+        if len(values) > 1:
+            cell += f" ± {deviation:.2f}"
+        if 0 < len(values) < len(setting.seeds):
+            cell += f" (n={len(values)})"
+        number = paper.get(column) or math.nan
+        ours.append(cell)
+        theirs.append(shown(number))
+        gaps.append(shown(mean - number, "+.2f"))
+    return [ours, theirs, gaps] if paper else [ours]
+
+
+def table(settings) -> str:
+    """Settings as Markdown in the paper's layout: a line per checkpoint, mean and standard
+    deviation over the seeds, below it the paper's values and the gap."""
+    records = [record for setting in settings for record in setting.records]
+    columns = [name for name in COLUMNS if any(r.get(name) is not None for r in records)]
+    heads = [COLUMNS[name].replace("20", str(settings[0].cfg.eval_steps)) for name in columns]
+    rows = [["setting", "checkpoint", *heads]]
+    for setting in settings:
+        for checkpoint in dict.fromkeys(record["checkpoint"] for record in setting.records):
+            rows += setting_rows(setting, checkpoint, columns)
+    threats = sorted({f"{record['eps']:g}/255" for record in records})
+    about = (
+        f"In %; eps {', '.join(threats)}. T-: the rarest tenth of the classes, at least one. "
+        "best: highest PGD accuracy (natural: clean) after the first drop of the learning rate, "
+        "chosen on the test set."
+    )
+    return "\n".join([*markdown(rows), "", about])
+
+
+REPORT_MARK = "<!-- ltsd.py writes this file anew with every report -->"
 
 
 def report(paths, cfg, folder):
-    """One table over run folders, printed and written to folder/report.md, and the figures; broken ones are listed
-    below it. Reads the folders only. UserError where none can be shown."""
-    runs, notes = [], []
+    """One table over run folders, printed and written to folder/report.md, and the figures; folders
+    that cannot be shown are listed below it. UserError where none can be shown."""
+    runs = []
+    notes = []
     for path in dict.fromkeys(paths):
         try:
             runs.append(read_run(path, cfg))
         except UserError as error:
-            notes.append(f"\nLeft out: {error}.")
+            notes.append(f"Left out: {error}.")
     if not runs:
         raise UserError(" ".join(notes))
-    text = "\n".join([table(runs), *notes])
-    write_atomic(folder / "report.md", text + "\n")
-    if not RANK:
-        print(f"\n{text}\n\nreport {folder / 'report.md'}", flush=True)
-    if cfg.figures and not RANK:
-        report_figures(by_setting(runs), cfg.figures)
+    settings = by_setting(runs)
+    text = "\n\n".join([table(settings), *notes])
+    say(f"\n{text}\n")
+    file = folder / "report.md"
+    if file.exists() and not file.read_text(errors="replace").startswith(REPORT_MARK):
+        say(f"{file} is not ours and stays as it is")
+    else:
+        write_atomic(file, f"{REPORT_MARK}\n{text}\n")
+        say(f"report {file}")
+    if cfg.figures and RANK == 0:
+        report_figures(settings, cfg.figures)
 
 
-def save_figure(folder, name, title, *draws):
-    """Save folder/name: panels side by side, each drawn by a function of its axes, the first one's legend below."""
+def save_figure(folder, name, title, draws):
+    """Save folder/name: panels side by side, each drawn by a function of its axes, the first one's
+    legend below."""
     from matplotlib.figure import Figure  # optional: run_stages has looked for it
 
-    figure, path = Figure((4.5 * len(draws) + 1.5, 5), layout="constrained"), pathlib.Path(folder, name)
+    figure = Figure((4.5 * len(draws) + 1.5, 5), layout="constrained")
     figure.suptitle(title)
-    for ax, draw in zip(figure.subplots(1, len(draws), squeeze=False)[0], draws):
+    panels = figure.subplots(1, len(draws), squeeze=False)[0]
+    for ax, draw in zip(panels, draws):
         draw(ax)
-    if figure.axes[0].get_legend_handles_labels()[1]:
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(draws)
+    )
+    path = pathlib.Path(folder, name)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
-    print(f"figure {path}", flush=True)
+    say(f"figure {path}")
 
 
-# Okabe and Ito's colours, told apart by the colour-blind, and as many markers; the last is ltsd's.
-LOOKS = [*zip("#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #000000 #999999 #F0E442 #D55E00".split(), "osD^vPXh*")]
+# Okabe and Ito's colours, told apart by the colour-blind, and as many markers.
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#999999")
+MARKERS = "*osD^vPhX"
 
 
-def plot(ax, i, s, xs, stats, **style):
-    """Means with error bars (standard deviation over the seeds) in the look of the i-th Setting s."""
-    means, spreads = zip(*((t[0], t[1]) if t else (math.nan, 0) for t in stats))
-    color, marker = LOOKS[-1 if s.cfg.method == "ltsd" else i % (len(LOOKS) - 1)]
-    look = dict(color=color, marker=marker, ms=14 if marker == "*" else 7, capsize=3)
-    ax.errorbar(xs, means, spreads if any(spreads) else None, **look | style)
+def look(i):
+    """Colour and marker of the i-th setting: 72 of them differ."""
+    color = COLORS[i % len(COLORS)]
+    return dict(color=color, marker=MARKERS[i % len(MARKERS)], ms=9, capsize=3)
+
+
+def draw_line(ax, xs, ys, **style):
+    """A line, or a mark, with error bars. xs, ys: equally many (mean, deviation)."""
+    x, x_error = np.transpose(xs)
+    y, y_error = np.transpose(ys)
+    ax.errorbar(x, y, y_error, x_error, **style)
+
+
+def draw_scatter(ax, settings, columns):
+    """Best checkpoints; a thin line leads to the last one. x: the self-teacher. Hollow: the paper's
+    own points. columns: what the two axes show."""
+    for i, setting in enumerate(settings):
+        best = [[setting.score(column)] for column in columns]
+        last = [[setting.score(column, "last")] for column in columns]
+        teacher = [[setting.score(column, "teacher")] for column in columns]
+        paper = [paper_row(setting.cfg, "best").get(column) for column in columns]
+        draw_line(ax, *best, ls="none", label=setting.label(), **look(i))
+        draw_line(ax, *np.hstack([best, last]), color=look(i)["color"], lw=0.7)
+        draw_line(ax, *teacher, color=look(i)["color"], marker="x")
+        if None not in paper:
+            ax.errorbar(*paper, ls="none", mfc="none", zorder=1, **look(i))
+    labels = [f"{COLUMNS[column]} accuracy (%)" for column in columns]
+    ax.set(xlabel=labels[0], ylabel=labels[1])
+
+
+def draw_classes(ax, settings, column):
+    """Accuracy of up to ten groups of classes, from the most to the least frequent."""
+    for i, setting in enumerate(settings):
+        if not setting.values(column):
+            continue
+        values = np.transpose(setting.values(f"class_{column}"))
+        groups = np.array_split(values, min(10, len(values)))
+        scores = [summary(group.mean(0)) for group in groups]
+        numbers = [(number, 0) for number in range(1, len(groups) + 1)]
+        draw_line(ax, numbers, scores, label=setting.label(), **look(i))
+    ylabel = f"{COLUMNS[column]} accuracy (%)"
+    ax.set(xlabel="group of classes, most to least frequent", ylabel=ylabel)
+
+
+def draw_sweep(ax, families, key, columns):
+    """Accuracies by the value of one setting, for each family of otherwise equal Settings."""
+    for i, (label, family) in enumerate(families.items()):
+        values = [(setting.own[key], 0) for setting in family]
+        for column, dash in zip(columns, ("--", "-")):
+            scores = [setting.score(column) for setting in family]
+            name = f"{label}, {COLUMNS[column]}"
+            draw_line(ax, values, scores, ls=dash, label=name, **look(i))
+    clean, robust = [COLUMNS[column] for column in columns]
+    ax.set(xlabel=key, ylabel=f"{clean} and {robust} accuracy (%)")
+    if key == "ir":
+        ax.set_xscale("log")
+
+
+def sweep_families(settings, key):
+    """{label: Settings that differ in `key` alone, by its value}, where there are several."""
+    families = {}
+    for setting in settings:
+        if setting.own.get(key) is not None:
+            families.setdefault(setting.label(key), []).append(setting)
+    for family in families.values():
+        family.sort(key=lambda setting: setting.own[key])
+    return {label: family for label, family in families.items() if len(family) > 1}
 
 
 def report_figures(settings, folder):
-    """Draw the best checkpoints of Settings into folder: scatter.png (the paper's Figures 1 and 5; hollow: its own
-    points, where it has them), classes.png (8), and ir.png (4), alpha.png and gamma.png (6, 7) where that takes several
+    """Draw the best checkpoints of Settings into folder: scatter.png (the paper's Figures 1 and 5),
+    classes.png (8), and ir.png (4), alpha.png and gamma.png (6, 7) where that setting takes several
     values and all else is equal."""
-    settings = [s for s in settings if s.stat("clean") and s.stat("pgd")]
-    if not settings:
-        raise UserError("--figures: no best checkpoint with clean and PGD accuracy to draw")
-    robust = "aa" if all(s.stat("aa") for s in settings) else "pgd"
-    shared = [k for k in ("data", "ir", "arch") if len({s.words[k] for s in settings}) == 1]
-    title = ", ".join([*(settings[0].words[k] for k in shared), f"best epoch, eps {settings[0].cfg.eval_eps:g}/255"])
-
-    def scatter(ax, a, b):
-        for i, s in enumerate(settings):
-            x, y, paper = s.stat(a), s.stat(b), paper_row(s.cfg, "best")
-            if x and y:
-                plot(ax, i, s, [x[0]], [y], xerr=x[1] or None, ls="none")
-                ax.annotate(s.label(*shared, "seed"), (x[0], y[0]), (7, 5), textcoords="offset points", fontsize=9)
-            if paper.get(a) and paper.get(b):
-                plot(ax, i, s, [paper[a]], [(paper[b], 0)], ls="none", mfc="none", zorder=1)
-        ax.set(xlabel=f"{COLUMNS[a]} accuracy (%)", ylabel=f"{COLUMNS[b]} accuracy (%)", xmargin=0.5)
-
-    def classes(ax):
-        for i, s in enumerate(settings):
-            runs = [run["best"][f"class_{robust}"] for run in s.runs if f"class_{robust}" in run.get("best", {})]
-            groups = np.array([[part.mean() for part in np.array_split(run, min(10, len(run)))] for run in runs])
-            stats = [(column.mean(), column.std(ddof=int(len(runs) > 1))) for column in groups.T]
-            plot(ax, i, s, range(1, len(stats) + 1), stats, label=s.label(*shared), ls=("-", "--", ":", "-.")[i % 4])
-        ax.set(xlabel="group of classes, most to least frequent", ylabel=f"{COLUMNS[robust]} accuracy (%)")
-
-    def sweep(ax, key, families, tail):
-        for (i, family), column in itertools.product(enumerate(families), ("clean", "pgd")):
-            (xs, members), name = zip(*family), COLUMNS[tail + column]
-            style = dict(ls="-" if column == "pgd" else "--", label=f"{members[0].label(key, 'seed', *shared)}, {name}")
-            plot(ax, i, members[0], xs, [s.stat(tail + column) for s in members], **style)
-        ax.set(xlabel=key, ylabel=f"{tail}accuracy (%)".replace("_", " "), xscale="log" if key == "ir" else "linear")
-
-    pairs = (("clean", robust), ("tail_clean", "tail_pgd"))
-    save_figure(folder, "scatter.png", title, *(functools.partial(scatter, a=a, b=b) for a, b in pairs))
-    save_figure(folder, "classes.png", title, classes)
+    robust = "aa" if all(s.values("aa") for s in settings) else "pgd"
+    title = f"Best epoch, eps {settings[0].cfg.eval_eps:g}/255"
+    note = "thin line: to the last epoch; x: the self-teacher; hollow: the paper's"
+    scatter = functools.partial(draw_scatter, settings=settings)
+    both = [("clean", robust), ("tail_clean", "tail_pgd")]
+    panels = [functools.partial(scatter, columns=pair) for pair in both]
+    save_figure(folder, "scatter.png", f"{title}\n{note}", panels)
+    panels = [functools.partial(draw_classes, settings=settings, column=robust)]
+    save_figure(folder, "classes.png", title, panels)
     for key in ("ir", "alpha", "gamma"):
-        families = {}
-        for s in settings:
-            x = max(1.0, s.cfg.ir / 2) if key == "gamma" and s.cfg.gamma is None and s.cfg.ir else getattr(s.cfg, key)
-            families.setdefault(json.dumps({**s.own, key: None, "images": None}), []).append((x, s))
-        families = [sorted(f, key=lambda p: p[0]) for f in families.values() if len(f) > 1 and None not in dict(f)]
+        families = sweep_families(settings, key)
         if families:
-            draws = [functools.partial(sweep, key=key, families=families, tail=tail) for tail in ("", "tail_")]
-            save_figure(folder, f"{key}.png", title, *draws)
+            sweep = functools.partial(draw_sweep, families=families, key=key)
+            both = [("clean", "pgd"), ("tail_clean", "tail_pgd")]
+            panels = [functools.partial(sweep, columns=pair) for pair in both]
+            save_figure(folder, f"{key}.png", title, panels)
 
 
-# 11  Theory ===========================================================================================================
-# Eq. (2): y = +1 (head) with probability r / (r + 1), else -1 (tail); x ~ N(eta * y, I) in n dimensions: eta places the
-# two means, the standard deviation is 1. An error's key: classifier, then std (clean) or rob (attacked).
-CLASSIFIERS = {"nat": "natural", "rob": "adversarial"}
-
-
+# 11  Theory =======================================================================================
+# Eq. (2): y = +1 (head) with probability r / (r + 1), else -1 (tail); x ~ N(eta * y, I) in n
+# dimensions: eta places the two means, the standard deviation is 1.
 def theorem1(n, eta, eps, r) -> dict:
-    """Theorem 1 (eq. 4-5): tail errors of the optimal natural and the optimal robust linear classifier. n: dimension, a
-    whole number >= 1. eta, eps: floats, 0 <= eps < eta; the attack moves a coordinate by at most eps. r: imbalance
-    ratio >= 1. Returns a dict of floats: nat_std, nat_rob, rob_std, rob_rob in [0, 1], and the biases b_nat, b_rob (eq.
-    11, 16), which belong to w = (1, ..., 1) / sqrt(n). ValueError outside these ranges."""
+    """Theorem 1 (eq. 4-5): tail errors of the optimal natural and the optimal robust linear
+    classifier. n: dimension, a whole number >= 1. eta, eps: floats, 0 <= eps < eta; the attack
+    moves a coordinate by at most eps. r: imbalance ratio >= 1. Returns a dict of floats: nat_std,
+    nat_rob, rob_std, rob_rob in [0, 1] (training, then std for clean and rob for attacked points),
+    and the biases b_nat, b_rob (eq. 11, 16), which belong to w = (1, ..., 1) / sqrt(n). ValueError
+    outside these ranges."""
     if n != int(n) or n < 1 or not 1 <= r < math.inf or not 0 <= eps < eta < math.inf:
-        raise ValueError(f"n {n}, eta {eta}, eps {eps}, r {r}: want whole n >= 1, 0 <= eps < eta and finite r >= 1")
-    margins = {"std": math.sqrt(n) * eta, "rob": math.sqrt(n) * (eta - eps)}
-    out = {"b_nat": math.log(r) / (2 * margins["std"]), "b_rob": math.log(r) / (2 * margins["rob"])}
-    for key, (kind, margin) in itertools.product(CLASSIFIERS, margins.items()):
-        out[f"{key}_{kind}"] = 0.5 * math.erfc((margin - out[f"b_{key}"]) / math.sqrt(2))  # Phi(b - margin)
-    return out
+        given = f"n {n}, eta {eta}, eps {eps}, r {r}"
+        raise ValueError(f"{given}: want whole n >= 1, 0 <= eps < eta and finite r >= 1")
+    clean = math.sqrt(n) * eta
+    attacked = math.sqrt(n) * (eta - eps)
+    result = dict(b_nat=math.log(r) / (2 * clean), b_rob=math.log(r) / (2 * attacked))
+    for training in ("nat", "rob"):
+        for points, margin in (("std", clean), ("rob", attacked)):
+            bias = result[f"b_{training}"]
+            result[f"{training}_{points}"] = 0.5 * math.erfc((margin - bias) / math.sqrt(2))
+    return result
 
 
 def theory(n=2, eta=1.0, eps=0.5, ratios=(1, 2, 5, 10, 20, 50)) -> str:
-    """Section 3 and appendix A as Markdown: tail errors in closed form by imbalance ratio; adversarial training leaves
-    an attacked tail worse (Corollary 1). ValueError as in `theorem1`."""
+    """Section 3 and appendix A as Markdown: tail errors in closed form by imbalance ratio;
+    adversarial training leaves an attacked tail worse (Corollary 1). ValueError as in
+    `theorem1`."""
     rows = [["IR", "training", "bias", "clean", "attacked"]]
-    for r, (key, name) in itertools.product(ratios, CLASSIFIERS.items()):
-        x = theorem1(n, eta, eps, r)
-        errors = [f"{100 * x[f'{key}_{kind}']:.2f}" for kind in ("std", "rob")]
-        rows.append([f"{r:g}", f"{name} training", f"{x[f'b_{key}']:.4f}", *errors])
-    about = f"Tail errors of eq. (2) in %, bias at |w| = 1, in closed form: n {n}, eta {eta:g}, eps {eps:g}."
+    for r in ratios:
+        result = theorem1(n, eta, eps, r)
+        for key, name in (("nat", "natural training"), ("rob", "adversarial training")):
+            errors = [f"{100 * result[f'{key}_{points}']:.2f}" for points in ("std", "rob")]
+            rows.append([f"{r:g}", name, f"{result[f'b_{key}']:.4f}", *errors])
+    setting = f"n {n}, eta {eta:g}, eps {eps:g}"
+    about = f"Tail errors of eq. (2) in %, bias at |w| = 1, in closed form: {setting}."
     return "\n".join([about, "", *markdown(rows)])
 
 
-def theory_figures(folder, eta=1.0, eps=0.5, seed=0):
-    """Draw the paper's Figure 2 (n = 2) as folder/figure2.png: 500 points of eq. (2) at IR 1, 2, 5 and the optimal
-    boundaries x1 + x2 = -sqrt(2) b."""
-    generator = torch.Generator().manual_seed(seed)
+def draw_boundaries(ax, r, eta=1.0, eps=0.5):
+    """500 points of eq. (2) for n = 2 and the optimal boundaries x1 + x2 = -sqrt(2) b."""
+    generator = torch.Generator().manual_seed(int(r))
+    y = 2 * (torch.rand(500, generator=generator) < r / (r + 1)) - 1
+    x = torch.randn(500, 2, generator=generator) + eta * y[:, None]
+    ax.scatter(*x[y == 1].T.numpy(), marker=".", color="0.6", label="head, y = +1")
+    ax.scatter(*x[y == -1].T.numpy(), marker="x", color="0.6", label="tail, y = -1")
+    biases = theorem1(2, eta, eps, r)
+    for key, color, dash, name in (
+        ("b_nat", "#0072B2", "-", "natural training"),
+        ("b_rob", "#D55E00", "--", "adversarial training"),
+    ):
+        at = (0, -math.sqrt(2) * biases[key])
+        ax.axline(at, slope=-1, color=color, ls=dash, lw=3, label=name)
+    limits = (-4, 4)
+    ax.set(
+        title=f"IR {r}", xlabel="$x_1$", ylabel="$x_2$", xlim=limits, ylim=limits, aspect="equal"
+    )
 
-    def boundaries(ax, r):
-        y = (torch.rand(500, generator=generator) < r / (r + 1)) * 2 - 1
-        x = torch.randn(500, 2, generator=generator) + eta * y[:, None]
-        for label, marker, name in ((1, ".", "head, y = +1"), (-1, "x", "tail, y = -1")):
-            ax.scatter(*x[y == label].T.numpy(), marker=marker, color="0.6", label=name)
-        for key, color, dash in (("nat", "#0072B2", "-"), ("rob", "#D55E00", "--")):  # at IR 1 both are one
-            at = -math.sqrt(2) * theorem1(2, eta, eps, r)[f"b_{key}"]
-            ax.axline((0, at), slope=-1, color=color, ls=dash, lw=3, label=f"{CLASSIFIERS[key]} training")
-        ax.set(title=f"IR {r}", xlabel="$x_1$", ylabel="$x_2$", xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
 
-    save_figure(folder, "figure2.png", "Optimal classifiers", *(functools.partial(boundaries, r=r) for r in (1, 2, 5)))
+def theory_figures(folder):
+    """Draw the paper's Figure 2 as folder/figure2.png."""
+    draws = [functools.partial(draw_boundaries, r=r) for r in (1, 2, 5)]
+    save_figure(folder, "figure2.png", "Optimal classifiers", draws)
 
 
-# 12  Bench ============================================================================================================
-# Plain is what a researcher writes after AT-BSL's script: eager, float32 NCHW, autograd.grad at x. Rounds of variants
-# alternate, so that a drifting machine slows all alike; every number is a median.
+# 12  Bench ========================================================================================
+# Plain is what a researcher writes after AT-BSL's script: eager, float32 NCHW, autograd.grad at x.
 def timed(variants, rounds, device):
-    """{name: function} -> {name: median seconds a call}, in `rounds` alternating rounds after a warm-up."""
+    """{name: function} -> {name: median seconds a call}. The variants take turns, so that a
+    drifting machine slows all alike; the first round warms up."""
     seconds = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, function in variants.items():
@@ -2232,316 +3053,487 @@ def plain_attack(model, x, y, eps, step_size, steps):
     return x_adv
 
 
-def bench_core(cfg, batch, steps, rounds):
-    """{"attack": rows, "train_step": rows} at one batch size on ResNet-18 with 100 classes, levers added in turn."""
-    torch.manual_seed(0)
-    device, cfg = torch.device(cfg.device), replace(cfg, method="ltsd", batch_size=batch)
-    ours, teacher = (build_model("resnet18", 100).to(device) for _ in "ab")
-    plain, plain_teacher = (copy.deepcopy(net).to(memory_format=torch.contiguous_format) for net in (ours, teacher))
-    x, y = torch.rand(batch, 3, 32, 32, device=device), torch.arange(batch, device=device) % 100
-    x_cl, threat = x.contiguous(memory_format=torch.channels_last), dict(eps=8 / 255, step_size=2 / 255, steps=steps)
-    counts = torch.tensor(long_tail_counts(500, 100, 10), dtype=torch.float32, device=device)
-    student, frozen = training_nets(cfg, ours)
-    attack = functools.partial(pgd_attack, x=x_cl, y=y, init="gauss", **threat)
-    low_teacher = torch.no_grad()(scoring_nets(teacher, cfg)[0])
-    _, our_step = training_step(cfg, ours, student, counts, low_teacher, frozen.capture)
-    _, plain_step = training_step(cfg, plain, plain, counts, torch.no_grad()(plain_teacher.eval()), None)
-    plainly = functools.partial(plain_attack, plain, x, y, **threat)
-    levers = {"plain": plainly, "folded norms, fused step": functools.partial(attack, FrozenCopy(ours))}
-    if cfg.amp != "off":
-        levers[f"+ {cfg.amp}"] = functools.partial(attack, FrozenCopy(ours, frozen.dtype))
-    if cfg.compile == "on":
-        levers["+ torch.compile" + ", CUDA graph" * (frozen.capture is not None)] = functools.partial(attack, frozen)
-    train_step = {"plain": lambda: plain_step(x, plainly(), y, 40.0, 0.01)}
-    train_step["all levers"] = lambda: our_step(x_cl, attack(frozen.refresh()), y, 40.0, 0.01)
-    result = {"attack": levers, "train_step": train_step}
-    for part, functions in result.items():
-        took = timed(functions, rounds, device)
-        speeds = {name: dict(images_per_s=batch / s, ratio=took["plain"] / s) for name, s in took.items()}
-        result[part] = [dict(batch=batch, lever=name, **speed) for name, speed in speeds.items()]
+def bench_core(cfg, batch, rounds):
+    """{"attack": rows, "train_step": rows} at one batch size on ResNet-18 with 100 classes: plain,
+    then our levers added in turn."""
+    device = torch.device(cfg.device)
+    x = torch.rand(batch, 3, 32, 32, device=device)
+    y = torch.arange(batch, device=device) % 100
+    images = x.contiguous(memory_format=torch.channels_last)
+    levers = {"plain": dict(amp="off", compile="off")}
+    levers["folded norms, fused step"] = levers["plain"]
+    levers[f"+ amp {cfg.amp}"] = dict(amp=cfg.amp, compile="off")
+    levers[f"+ compile {cfg.compile}"] = dict(amp=cfg.amp, compile=cfg.compile)
+    attacks = {}
+    steps = {}
+    for name, changes in levers.items():
+        its_cfg = replace(cfg, batch_size=batch, **changes)
+        model = build_model("resnet18", 100).to(device)
+        teachers = scoring_nets(build_model("resnet18", 100).to(device), its_cfg)
+        trainer = Trainer(its_cfg, model, long_tail_counts(500, 100, 10), teachers)
+        seen = images
+        attack = functools.partial(trainer.attack, images, y, None, torch.Generator(device))
+        if name == "plain":
+            seen = x
+            model.to(memory_format=torch.contiguous_format)
+            threat = (cfg.eps / 255, cfg.step_size / 255, cfg.steps)
+            attack = functools.partial(plain_attack, model, x, y, *threat)
+
+        def step(trainer=trainer, seen=seen, attack=attack):
+            return trainer.step(seen, attack(), y, 40.0, 0.01)
+
+        attacks[name] = attack
+        steps[name] = step
+    result = {}
+    for part, variants in (("attack", attacks), ("train_step", steps)):
+        took = timed(variants, rounds, device)
+        result[part] = []
+        for name, seconds in took.items():
+            rates = dict(images_per_s=batch / seconds, ratio=took["plain"] / seconds)
+            result[part].append(dict(batch=batch, lever=name, **rates))
     return result
 
 
 def bench_kernel(device):
-    """Rows of the step kernel on CUDA against plain operations, torch.compile and a device-to-device copy, captured as
-    graphs."""
+    """Rows of the step kernel on CUDA against plain operations, compiled ones and a copy."""
 
     def plain(x_adv, grad, x, step_size, eps, low):
         low.copy_(x_adv.copy_(pgd_step_reference(x_adv, grad, x, step_size, eps)))
 
-    rows, largest = [], min(1 << 30, torch.cuda.mem_get_info(device)[0] // 14) // (4 * 3072)
-    functions = {"kernel": pgd_step, "plain": plain, "torch.compile": torch.compile(plain)}
-    functions["copy"] = lambda x_adv, grad, x, *rest: x_adv.copy_(x)
-    for images, (what, function) in itertools.product((32, 128, largest), functions.items()):
+    def copied(x_adv, grad, x, step_size, eps, low):
+        x_adv.copy_(x)
+
+    rows = []
+    functions = dict(kernel=pgd_step, plain=plain, compiled=torch.compile(plain), copy=copied)
+    for images in (32, 128, 4096):
         x = torch.rand(images, 3, 32, 32, device=device)
-        call = functools.partial(function, x.clone(), torch.randn_like(x).bfloat16(), x, 2 / 255, 8 / 255, x.bfloat16())
-        us = 1e3 * triton.testing.do_bench_cudagraph(call, return_mode="median")
-        traffic = 8 if what == "copy" else 16  # bytes a value: a step reads 4+2+4 and writes 4+2, a copy moves 4+4
-        rows.append(dict(images=images, what=what, us=us, gb_per_s=traffic * x.numel() / us / 1e3))
-    return rows
-
-
-def bench_forward(device):
-    """Rows of what verdicts cost on CUDA: a folded ResNet-18's float32 forward without TF32, in either layout, cuDNN's
-    plans autotuned or not. It keeps a shape's first plan whatever the switch says; hence two batch sizes."""
-    rows, model = [], build_model("resnet18", 100).to(device)
-    for layout, tuned in itertools.product((torch.contiguous_format, torch.channels_last), (False, True)):
-        x = torch.rand(500 + tuned, 3, 32, 32, device=device).to(memory_format=layout)
-        forward = functools.partial(FrozenCopy(model).net.to(memory_format=layout), x)
-        torch.backends.cudnn.benchmark = tuned
-        with torch.no_grad(), ieee_float32():
-            seconds = timed({"forward": forward}, 5, device)["forward"]
-        rows.append(dict(layout=str(layout)[6:], autotuned=tuned, images_per_s=len(x) / seconds))
+        tensors = (x.clone(), torch.randn_like(x).bfloat16(), x)
+        for name, function in functions.items():
+            call = functools.partial(function, *tensors, 2 / 255, 8 / 255, x.bfloat16())
+            us = 1e3 * triton.testing.do_bench_cudagraph(call, return_mode="median")
+            traffic = 8 if name == "copy" else 16  # bytes a value: 4+2+4 read and 4+2 written
+            rows.append(dict(images=images, what=name, us=us, gb_s=traffic * x.numel() / us / 1e3))
     return rows
 
 
 def bench_autoattack(cfg):
-    """Rows of seconds for 64 images, 10 iterations and 500 queries, one call each, on a resnet8 after an epoch of
-    PGD-AT on made-up images. Ours moves by the run's precision; official_s: pyautoattack, None where it is missing."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        argv = "--data synthetic --ir 1 --method pgd-at --epochs 1 --milestones 1 --stage train --compile off".split()
-        (one,) = expand(parse_args([*argv, "--device", cfg.device, "--amp", cfg.amp, "--out", folder]))
-        run_one(one, argv)
-        data = load_data(one).to(cfg.device)
-        model, _, nets = load_net(one, data, f"{folder}/last.pt")
-    model.eval().to(memory_format=torch.contiguous_format)  # as the official package wants it
-    pick, rows = torch.arange(64) * len(data.test_labels) // 64, []
-    x, y = to_float(data.test_images[pick]).contiguous(), data.test_labels[pick]
+    """{attack: {"ours_s", "official_s" (pyautoattack's, None where it is missing)}}: seconds of one
+    call on 64 images, 10 iterations, 500 queries, on an untrained resnet8 and its own guesses."""
+    device = torch.device(cfg.device)
+    model = build_model("resnet8", 10).to(device, memory_format=torch.contiguous_format).eval()
+    x = torch.rand(64, 3, 32, 32, device=device)
+    y = model(x).argmax(1)
+    options = dict(eps=0.25 / 255, nets=scoring_nets(model, cfg))  # most points stay robust
+    result = {}
     for name in AUTOATTACK:
         began = time.perf_counter()
-        autoattack(model, x, y, attacks=(name,), iterations=10, queries=500, nets=nets)
-        rows.append(dict(attack=name, ours_s=time.perf_counter() - began, official_s=None))
-        with contextlib.suppress(ImportError):
-            options = dict(attacks=[name], eps=8 / 255, version="custom", seed=0, device=cfg.device)
-            official = importlib.import_module("pyautoattack").AutoAttack(model, **options)
-            official.apgd.n_restarts, official.fab.n_restarts, official.square.n_queries = 1, 1, 500
+        autoattack(model, x, y, attacks=(name,), iterations=10, queries=500, **options)
+        result[name] = dict(ours_s=time.perf_counter() - began, official_s=None)
+        with contextlib.suppress(ImportError), contextlib.redirect_stdout(io.StringIO()):
+            official = importlib.import_module("pyautoattack").AutoAttack(
+                model, attacks=[name], eps=0.25 / 255, version="custom", device=cfg.device
+            )
+            official.apgd.n_restarts = official.fab.n_restarts = 1
             official.apgd.n_iter = official.apgd_targeted.n_iter = official.fab.n_iter = 10
+            official.square.n_queries = 500
             began = time.perf_counter()
             official.run_standard_evaluation(x, y, batch_size=len(x))
-            rows[-1]["official_s"] = time.perf_counter() - began
-    return rows
+            result[name]["official_s"] = time.perf_counter() - began
+    return result
 
 
 def stage_bench(cfg):
-    """Measure the core against plain PyTorch on this machine; print the rows and write bench.json."""
-    device, on_cuda = torch.device(cfg.device), cfg.device.startswith("cuda")
-    path, steps = pathlib.Path(cfg.out or "runs/bench", "bench.json"), 10 if on_cuda else 2
-    tune_process(cfg)
-
-    def show(part, rows):
-        for row in rows:
-            cells = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-            print(f"{part:<11}", ", ".join(cells), flush=True)
-        return rows
-
-    result = {"header": dict(environment(cfg), amp=cfg.amp, compile=cfg.compile, attack_steps=steps)}
-    show("header", [result["header"]])
+    """Measure the core against plain PyTorch on this machine: to the screen and bench.json."""
+    device = torch.device(cfg.device)
+    on_cuda = device.type == "cuda"
+    cfg = replace(cfg, steps=10 if on_cuda else 2)
+    result = dict(header=environment(cfg) | dict(attack_steps=cfg.steps), attack=[], train_step=[])
     for batch in (32, 128):
-        for part, rows in bench_core(cfg, batch, steps, 5 if on_cuda else 128 // batch).items():
-            result[part] = result.get(part, []) + show(part, rows)
-    result["kernel"] = show("kernel", bench_kernel(device) if on_cuda else [])
-    result["forward"] = show("forward", bench_forward(device) if on_cuda else [])
-    result["autoattack"] = {row.pop("attack"): row for row in show("autoattack", bench_autoattack(cfg))}
-    a, b = (torch.randn(2048, 2048, device=device, dtype=AMP_DTYPE[cfg.amp]) for _ in "ab")
-    rate = 2 * 2048**3 / timed({"matmul": lambda: a @ b}, 5, device)["matmul"]
-    # a step: forward and input gradient, 0.556 G multiply-adds each
-    result["matmul_share"] = max(row["images_per_s"] for row in result["attack"]) * 4 * 556e6 * steps / rate
-    write_atomic(path, json.dumps(result, indent=1) + "\n")
-    print(f"{100 * result['matmul_share']:.0f} % of the {cfg.amp} matmul rate; see {path}", flush=True)
+        for part, rows in bench_core(cfg, batch, 5 if on_cuda else 128 // batch).items():
+            result[part] += rows
+    result["kernel"] = bench_kernel(device) if on_cuda and triton else []
+    result["autoattack"] = bench_autoattack(cfg)
+    write_json(pathlib.Path(cfg.out, "bench", "bench.json"), result)
+    for part in ("attack", "train_step", "kernel"):
+        for row in result[part]:
+            say(f"{part:<11} " + ", ".join(f"{name} {value}" for name, value in row.items()))
+    for name, row in result["autoattack"].items():
+        say(f"{'autoattack':<11} {name}: {row}")
 
 
-# 13  Command line =====================================================================================================
+# 13  Command line =================================================================================
+METHOD_SETTINGS = {"alpha", "tau", "beta", "kd"}
+ATTACK_SETTINGS = {"eps", "step_size", "steps"}
+TEACHER_SETTINGS = {
+    "gamma", "teacher_method", "teacher_data", "teacher_epochs", "teacher_batch_size",
+}  # fmt: skip
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print its usage too; one line is enough
         raise UserError(message)
 
 
 def choices_of(f):
-    """The words that a field of Config can have, empty for any; rows that others add to METHODS or ARCHS count, too."""
+    """The words that a flag can have, empty for any; rows added to METHODS and ARCHS count, too."""
     return {"method": METHODS, "arch": ARCHS, "data": DATASETS}.get(f.name, f.metadata["choices"])
 
 
-def _value(f, text):
-    """One flag's text -> its value, or a tuple of values where it takes a comma list; argparse names the flag."""
-    meta, choices, values = f.metadata, choices_of(f), {}  # in order, without repeats: a run folder holds one run
-    low, high = meta.get("low", 0), meta.get("high", 1e12)
-    text = ",".join(METHODS) if (f.name, text) == ("method", "all") else text
-    for part in text.split(",") if "many" in meta else [text]:
-        try:
-            value = f.type(part.strip())
-            fits = re.fullmatch(meta.get("pattern", ".+"), value) if f.type is str else low <= value <= high
-        except ValueError:
-            fits = False
-        if not fits or (choices and value not in choices):
-            bounds = meta["help"] if f.type is str else f"{f.type.__name__} from {low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(f"{part!r}: want {', '.join(choices) or bounds}")
-        values[value] = None
-    return tuple(values) if len(values) > 1 else value
+def _read(f, text):
+    """A flag's text -> the list of its values; argparse puts the flag's name before what is
+    wrong."""
+    choices = choices_of(f)
+    low = f.metadata["low"]
+    wanted = f"{f.type.__name__} from {low:g}"
+    if f.type is str:
+        wanted = ", ".join(choices) or f.metadata["help"]
+    parts = [text]
+    if f.name in Settings.__dataclass_fields__ and f.name != "milestones":
+        parts = text.split(",")
+    if f.name == "method" and text == "all":
+        parts = METHODS
+    values = []
+    for part in parts:
+        fits = False
+        with contextlib.suppress(ValueError):
+            value = f.type(os.path.expanduser(part.strip()))
+            if choices:
+                fits = value in choices
+            else:
+                fits = value != "" if f.type is str else low <= value < math.inf
+        if not fits:
+            raise argparse.ArgumentTypeError(f"{part!r}: want {wanted}")
+        values.append(value)
+    return values
 
 
-def parse_args(argv=None) -> Config:
-    """Read the command line (default ``sys.argv[1:]``) into a Config; UserError for a value that no flag can have. A
-    field given several comma-separated values holds a tuple; `expand` makes the product."""
-    examples = "examples:\n" + __doc__.split("\n\n")[2]
-    parser_options = dict(epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = group = _Parser("ltsd.py", "ltsd.py [options] [RUN ...]", __doc__.split("\n\n")[0], **parser_options)
+def make_parser():
+    """Flags from the fields of Config; a flag that is not given leaves no trace, one that is given
+    the list of its values."""
+    paragraphs = __doc__.split("\n\n")
+    parser = _Parser(
+        "ltsd.py",
+        "ltsd.py [options] [RUN ...]",
+        paragraphs[0],
+        epilog="examples:\n" + paragraphs[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="*", type=os.path.expanduser, metavar="RUN")
     for f in fields(Config):
-        group = parser.add_argument_group(f.metadata["group"]) if "group" in f.metadata else group
-        choices = choices_of(f)
-        kind = dict(metavar="{" + ",".join(choices) + "}" if choices else f.type.__name__.upper())
-        kind = dict(action="store_true") if f.type is bool else kind | dict(type=functools.partial(_value, f))
-        kind["help"] = f.metadata["help"] + "; a comma list makes a run each" * ("many" in f.metadata)
-        kind["help"] += f" ({f.default})" if f.default not in (None, False, ()) else ""
-        if f.name == "runs":
-            group.add_argument("runs", nargs="*", metavar="RUN", help=kind["help"])
-        else:
-            group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind)
-    given = vars(parser.parse_intermixed_args(argv))
-    return Config(**given | {"runs": tuple(given.get("runs", ()))})
+        if f.name in ("runs", "role"):
+            continue
+        flag = "--" + f.name.replace("_", "-")
+        help = f.metadata["help"]
+        if f.type is bool:
+            parser.add_argument(flag, action="store_const", const=[True], help=help)
+            continue
+        if f.default is not None:
+            help += f" ({f.default})"
+        words = ",".join(choices_of(f)) or f.type.__name__.upper()
+        read = functools.partial(_read, f)
+        parser.add_argument(flag, type=read, metavar=words, help=help)
+    return parser
 
 
-def expand(cfg) -> list:
-    """The scalar, resolved Configs that a Config with comma lists stands for: their product, each with its folder."""
-    lists = {k: values for k, values in vars(cfg).items() if isinstance(values, tuple) and k != "runs"}
-    configs = [resolve(replace(cfg, **dict(zip(lists, values)))) for values in itertools.product(*lists.values())]
-    if len(configs) > 1 or not cfg.out:
-        configs = [replace(one, out=str(pathlib.Path(cfg.out or "runs", run_name(one)))) for one in configs]
+def parse_args(argv=None) -> list:
+    """Read the command line (default ``sys.argv[1:]``) into Configs, scalar, resolved and checked:
+    one for each element of the product of its comma lists, equal ones once. UserError for what
+    cannot be."""
+    given = vars(make_parser().parse_intermixed_args(argv))
+    given["runs"] = [tuple(given.get("runs", ()))]
+    configs = []
+    for values in itertools.product(*given.values()):
+        cfg = Config(**dict(zip(given, values)))
+        check_settings(cfg)
+        cfg = resolve(cfg)
+        if cfg not in configs:
+            configs.append(cfg)
     return configs
 
 
-def resolve(cfg) -> Config:
-    """Fill every None of a scalar Config with its default and 'auto' with what this machine has; UserError, with the
-    flag and the remedy, for settings that do not go together."""
-    row, (_, size, _, defaults) = METHODS[cfg.method], DATASETS[cfg.data]
+def check_settings(cfg):
+    """UserError, with the flag and the remedy, for given settings that do not go together."""
+    row = METHODS[cfg.method]
     if cfg.official and cfg.data not in row.official_data:
         known = ", ".join(row.official_data) or "no data set"
-        raise UserError(f"--official: {cfg.method} has published settings for {known}, not for {cfg.data}")
-    if cfg.image_size not in (None, size) and cfg.data != "folder":
-        raise UserError(f"--image-size {cfg.image_size}: only --data folder can be resized; leave it out")
-    usual = COMMON | dict(image_size=size, eval_eps=cfg.eps) | defaults | (row.official if cfg.official else {})
-    if cfg.teacher_data == "full":  # Figure 5's other teachers see all of D, for as long as a student
-        usual |= {f"teacher_{key}": getattr(cfg, key) or usual[key] for key in ("epochs", "batch_size")}
-    cfg = replace(cfg, **{k: v for k, v in usual.items() if getattr(cfg, k) is None})
+        said = f"{cfg.method} has published settings for {known}, not for {cfg.data}"
+        raise UserError(f"--official: {said}")
+    if cfg.stage == "teacher" and not row.teacher:
+        raise UserError(f"--stage teacher: {cfg.method} has no teacher")
+    if cfg.milestones and not re.fullmatch(r"(0?\.\d+|1)(,(0?\.\d+|1))*", cfg.milestones):
+        wanted = "rising shares of the epochs, as in 0.75,0.9"
+        raise UserError(f"--milestones {cfg.milestones!r}: want {wanted}")
+    if cfg.attacks and not set(cfg.attacks.split(",")) <= set(ATTACKS):
+        raise UserError(f"--attacks {cfg.attacks!r}: want a comma list of {', '.join(ATTACKS)}")
+    for flag in ("eps", "step_size", "eval_eps", "eval_step_size"):
+        value = getattr(cfg, flag)
+        if value and not 0.1 <= value <= 255:
+            raise UserError(
+                f"--{flag.replace('_', '-')} {value:g}: want 255ths, 0 or from 0.1 to 255"
+            )
+    if cfg.checkpoint and cfg.stage != "eval":
+        raise UserError(f"--checkpoint {cfg.checkpoint}: goes with --stage eval only")
+    if cfg.runs and cfg.stage != "report":
+        raise UserError(f"{cfg.runs[0]}: runs go with --stage report only; lists take commas")
+
+
+def resolve(cfg) -> Config:
+    """Fill every None of a Config with its default and 'auto' with what this machine has, and set
+    to None what the run does not use; UserError for what this machine has not."""
+    row = METHODS[cfg.method]
+    size, own_defaults = DATASETS[cfg.data]
+    values = COMMON | dict(image_size=size) | own_defaults
+    if cfg.official:
+        values |= row.official
+    values |= {key: value for key, value in vars(cfg).items() if value is not None}
+    if cfg.teacher_data == "full":  # Figure 5's other teachers see all of D, as long as a student
+        values["teacher_epochs"] = cfg.teacher_epochs or values["epochs"]
+        values["teacher_batch_size"] = cfg.teacher_batch_size or values["batch_size"]
+    if "ir" in values:
+        values.setdefault("gamma", max(1.0, values["ir"] / 2))
+    if not cfg.runs:  # a report shows runs under their own
+        values.setdefault("eval_eps", values["eps"])
     for flag in ("batch_size", "teacher_batch_size"):
-        if getattr(cfg, flag) % WORLD:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(cfg, flag)}: must be a multiple of {WORLD} processes")
-    stage = "distill" if cfg.stage == "train" else cfg.stage
-    if cfg.overwrite and (stage == "eval" or (stage == "distill" and row.teacher)):
-        raise UserError(f"--overwrite: would delete what --stage {stage} needs; use another stage, or leave it out")
-    uses = dict(checkpoint=("eval",), runs=("report",), examples=("eval", "all"))
-    for name, stages in (uses | dict(figures=("eval", "report", "all", "theory"))).items():
-        if getattr(cfg, name) and stage not in stages:
-            raise UserError(f"--{name} {getattr(cfg, name)}: goes with --stage {' or '.join(stages)} only")
-    name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    name = f"cuda:{os.environ['LOCAL_RANK']}" if WORLD > 1 and name.startswith("cuda") else name
+        if values[flag] % WORLD:
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name} {values[flag]}: want a multiple of {WORLD} processes")
+    values["official"] = bool(cfg.official and row.official)
+    values["device"] = find_device(cfg.device)
+    device = torch.device(values["device"])
+    if cfg.amp == "auto":
+        values["amp"] = best_precision(device)
+    if cfg.compile == "auto" and not compiles_well(device):
+        values["compile"] = "off"
+    if cfg.amp == "fp16" and device.type == "cpu":
+        raise UserError("--amp fp16: needs a CUDA device; on CPUs choose bf16 or off")
+    return replace(cfg, **values | dict.fromkeys(unused_settings(cfg)))
+
+
+def unused_settings(cfg) -> set:
+    """Names of the Settings that make no difference to a run: they must not make it another one."""
+    row = METHODS[cfg.method]
+    unused = METHOD_SETTINGS - set(row.uses)
+    if cfg.data != "folder":
+        unused |= {"image_size"}
+    if row.objective is None:
+        unused |= ATTACK_SETTINGS
+    if not row.teacher:
+        unused |= TEACHER_SETTINGS
+    elif cfg.teacher:
+        unused |= TEACHER_SETTINGS - {"teacher_method"}
+    elif cfg.teacher_data == "full":
+        unused |= {"gamma"}
+    if cfg.role == "teacher":
+        unused = (unused | {"test_limit"}) - {"gamma"}
+    return unused
+
+
+def find_device(name) -> str:
+    """'cpu', 'cuda' or 'cuda:N' for a --device, under torchrun the rank's own; UserError for what
+    PyTorch does not see."""
     gpus = torch.cuda.device_count()
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name) or (name != "cpu" and int(name[5:] or 0) >= gpus):
-        raise UserError(f"--device {name}: choose auto, cpu, cuda or cuda:N; PyTorch sees {gpus} CUDA devices")
-    amp = best_precision(torch.device(name)) if cfg.amp == "auto" else cfg.amp
-    compiled = {"auto": "off" if name == "cpu" else "on"}.get(cfg.compile, cfg.compile)
-    return replace(cfg, device=name, amp=amp, stage=stage, compile=compiled)
+    known = ["cpu", *(f"cuda:{i}" for i in range(gpus))]
+    if gpus:
+        known.append("cuda")
+    if name == "auto":
+        name = known[-1]
+    if WORLD > 1 and name != "cpu":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name not in known:
+        raise UserError(f"--device {name}: PyTorch sees {', '.join(known)} here; choose one")
+    return name
+
+
+def compiles_well(device) -> bool:
+    """Whether torch.compile is worth trying: on CUDA with Triton, from Volta on."""
+    known = triton is not None and device.type == "cuda"
+    return known and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def best_precision(device) -> str:
-    """'bf16' where this device multiplies faster in it than in float32, else 'off'."""
+    """What this device multiplies faster than float32: 'bf16', 'fp16' (GPUs before Ampere, there
+    for the attack alone) or 'off'."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "off"
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 0):
+            return "bf16"
+        return "fp16" if capability >= (7, 0) else "off"
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return "bf16" if any(getattr(torch.cpu, probe, bool)() for probe in probes) else "off"
 
 
 def tune_process(cfg):
-    """Process-wide settings of a run. On Linux CPUs malloc keeps what it has: a network's activations would else be
-    given back and faulted in again in every step."""
+    """Process-wide settings of a run. On Linux CPUs malloc keeps what it has: a network's
+    activations would else be given back and faulted in again in every step."""
     torch.backends.cudnn.benchmark = True
-    if cfg.compile == "on":  # all networks share one forward; PyTorch's default keeps 8 versions of a function
+    if cfg.compile != "off":  # networks share one forward; by default 8 versions of it are kept
         torch.compiler.reset()
         torch._dynamo.config.recompile_limit = 64
     if cfg.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(cfg.device).index or 0)
     elif sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: no mapping of its own below a GiB
+            ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: no mapping below a GiB
             ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: give nothing back
 
 
-def run_one(cfg, argv):
-    """All that one scalar, resolved Config asks for: teacher, student, evaluation, in its folder."""
+def teacher_config(cfg) -> Config:
+    """The run of the teacher that cfg asks for: PGD-AT on D_B, or a baseline on all of D. Of a
+    --teacher: the file as its checkpoint."""
+    its_own = dict.fromkeys(METHOD_SETTINGS | TEACHER_SETTINGS)
+    its_own |= dict(
+        role="student" if cfg.teacher_data == "full" else "teacher",
+        teacher=None,
+        checkpoint=cfg.teacher,
+        attacks="clean,pgd",  # as Table 6
+        official=False,
+        method=cfg.teacher_method,
+        gamma=cfg.gamma,
+        epochs=cfg.teacher_epochs,
+        batch_size=cfg.teacher_batch_size,
+    )
+    return resolve(replace(cfg, **its_own))
+
+
+def find_teacher(cfg, data) -> pathlib.Path:
+    """The file of the teacher that cfg asks for: --teacher, or the last epoch of a run of its own,
+    which is trained now unless it is there. Every run below --out that asks for it shares it."""
+    if cfg.teacher:
+        return pathlib.Path(cfg.teacher)
+    its_cfg = teacher_config(cfg)
+    path = run_path(its_cfg)
+    its_data = balanced_data(its_cfg, data) if its_cfg.role == "teacher" else data
+    with hold_folder(path) as log:
+        open_run(its_cfg, its_data, path, log)
+        if not (path / "last.pt").exists():
+            train(its_cfg, its_data, path, log)
+    return path / "last.pt"
+
+
+def own_teacher(cfg, data, path, log):
+    """The run's teacher as (fast, exact), images -> logits, from teacher.pt, which is copied into
+    the folder first; UserError where that has another one than --teacher."""
+    its_cfg = teacher_config(cfg)
+    file = path / "teacher.pt"
+    if cfg.teacher or not all(gather(file.exists())):
+        source = find_teacher(cfg, data)
+        model, epoch, _ = load_net(its_cfg, data, source)
+        if not all(gather(file.exists())):
+            log(f"teacher: a copy of {source}, weights crc32 {weights_crc32(model)}")
+            save_model(file, its_cfg, data, model, epoch)
+            gather(None)
+        if weights_crc32(load_net(its_cfg, data, file)[0]) != weights_crc32(model):
+            raise UserError(f"{path} has another teacher than {source}: choose another --out")
+    nets = load_net(its_cfg, data, file)[2]
+    if cfg.compile != "off":
+        halves = 1 if cfg.kd == "kl" else 2  # x' and x - d in one batch
+        nets[0].speed_up(cfg.batch_size // WORLD * halves)
+    return nets
+
+
+def run_one(cfg):
+    """All that one Config asks for: its teacher, its training, its evaluation."""
     tune_process(cfg)
-    data = None if RANK else load_data(cfg)
+    if RANK == 0:
+        data = load_data(cfg)
     gather(None)  # rank 0 has fetched and decoded for all
-    data = (data or load_data(cfg)).to(cfg.device)
-    task = teacher_task(cfg, data) if METHODS[cfg.method].teacher or cfg.stage == "teacher" else None
-    given, epoch, _ = load_net(*task, cfg.teacher) if task and cfg.teacher else (None, None, None)
-    run = Run(cfg, data, argv)  # --overwrite may delete the teacher that was given
-    path = run.path / "teacher.pt"
-    with run.file:
-        if given:
-            if not all(gather(path.exists())):
-                run.log(f"teacher: a copy of {cfg.teacher}, weights crc32 {weights_crc32(given)}")
-                run.save_model("teacher", weights_of(given), epoch)
-                gather(None)
-            if weights_crc32(load_net(*task, path)[0]) != weights_crc32(given):
-                raise UserError(f"{run.path} has another teacher than {cfg.teacher}: choose another --out")
-        elif task and cfg.stage in ("teacher", "all") and not path.exists():
-            train("teacher", *task, run)
-        if cfg.stage in ("distill", "all") and not (run.path / "last.pt").exists():
-            teacher = load_net(*task, path)[2][0] if task else None
-            if teacher and cfg.compile == "on":
-                teacher.speed_up(cfg.batch_size // WORLD * (1 if cfg.kd == "kl" else 2))
-            train("student", cfg, data, run, teacher and torch.no_grad()(teacher))
+    if RANK > 0:
+        data = load_data(cfg)
+    data = data.to(cfg.device)
+    if cfg.stage == "teacher":
+        find_teacher(cfg, data)
+        return
+    path = run_path(cfg)
+    with hold_folder(path) as log:
+        open_run(cfg, data, path, log)
+        if cfg.stage != "eval":
+            teachers = (None, None)
+            if METHODS[cfg.method].teacher:
+                teachers = own_teacher(cfg, data, path, log)
+            if not (path / "last.pt").exists():
+                train(cfg, data, path, log, teachers)
         if cfg.stage in ("eval", "all"):
-            evaluate_run(cfg, data, run)
-            report([run.path], cfg, run.path)
+            evaluate_run(cfg, data, path, log)
+            report([path], replace(cfg, figures=None), path)
 
 
-def run_stages(cfg, argv):
+def run_folders(patterns) -> list:
+    """Folders that names and globs stand for; a teacher's own run is shown in those that use it."""
+    folders = []
+    for pattern in patterns:
+        found = map(pathlib.Path, sorted(glob.glob(os.path.join(pattern, ""))))
+        shown = [path for path in found if "-teacher-" not in path.name]
+        folders += shown or [pathlib.Path(pattern)]
+    return folders
+
+
+def run_stages(configs):
     """What a command line asks for."""
-    configs, parent = expand(cfg), pathlib.Path(cfg.out or "runs")
-    several, stage = len(configs) > 1, configs[0].stage
-    if WORLD > 1 and stage in ("report", "theory", "bench"):
-        raise UserError(f"--stage {stage}: works in one process; start it with python, not torchrun")
+    cfg = configs[0]
+    if WORLD > 1 and cfg.stage in ("report", "theory", "bench"):
+        raise UserError(f"--stage {cfg.stage}: works in one process; start it without torchrun")
     if cfg.figures:
         with blaming("--figures needs matplotlib: pip install matplotlib", ImportError):
-            importlib.import_module("matplotlib.figure")  # what is missing is said now, not after days
-    if stage == "theory":
-        print(theory(), flush=True)
+            importlib.import_module("matplotlib.figure")  # said now, not after days
+    if cfg.stage == "theory":
+        say(theory())
         if cfg.figures:
             theory_figures(cfg.figures)
-    elif stage == "bench":
-        stage_bench(replace(configs[0], out=cfg.out))
+    elif cfg.stage == "bench":
+        tune_process(cfg)
+        stage_bench(cfg)
     elif cfg.runs:
-        found = [path for g in cfg.runs for path in [p for p in sorted(glob.glob(g)) if os.path.isdir(p)] or [g]]
-        report(map(pathlib.Path, found), cfg, pathlib.Path(cfg.out or "."))
+        folders = run_folders(cfg.runs)
+        report(folders, cfg, folders[0].parent)
     else:
-        for one in configs if stage != "report" else ():
-            run_one(replace(one, figures=None) if several else one, argv)
-        if stage == "report" or (several and stage in ("eval", "all")):
-            report([pathlib.Path(one.out) for one in configs], cfg, parent)
+        if cfg.stage != "report":
+            for one in configs:
+                run_one(one)
+        several = len(configs) > 1 or cfg.figures
+        if cfg.stage == "report" or (several and cfg.stage in ("eval", "all")):
+            report([run_path(one) for one in configs], cfg, pathlib.Path(cfg.out))
+
+
+def join_group():
+    """Become a rank of the group that torchrun started, if it did."""
+    global RANK, WORLD
+    size = os.environ.get("WORLD_SIZE", "")
+    if {"RANK", "LOCAL_RANK"} <= os.environ.keys() and size not in ("", "1"):
+        remedy = "start it with torchrun, or unset RANK, LOCAL_RANK and WORLD_SIZE"
+        with blaming(f"cannot join {size} processes: {remedy}", (ValueError, RuntimeError)):
+            device = None
+            if torch.cuda.is_available():
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(device)
+            # one rank's share of AutoAttack may end hours after another's
+            dist.init_process_group(timeout=timedelta(days=2), device_id=device)
+        RANK = dist.get_rank()
+        WORLD = dist.get_world_size()
 
 
 def main(argv=None) -> int:
-    """The command line: one run per element of the comma lists' product. Returns the exit code: 0, 2 for an error of
-    the user's (one line on stderr), 130 for Ctrl-C. Errors of ours are raised."""
-    global RANK, WORLD
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """The command line. Returns the exit code: 0, 2 for an error of the user's (one line on
+    stderr), 130 for Ctrl-C. Errors of ours are raised."""
     try:
-        if {"RANK", "LOCAL_RANK"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
-            # one rank's share of AutoAttack may end hours after another's; of a rank that dies torchrun takes notice
-            dist.init_process_group(timeout=timedelta(days=2))
-            RANK, WORLD = dist.get_rank(), dist.get_world_size()
-        run_stages(parse_args(argv), argv)
+        join_group()
+        run_stages(parse_args(argv))
         if WORLD > 1:
             dist.destroy_process_group()
         return 0
     except KeyboardInterrupt:
-        code, said = 130, "stopped; the same command goes on after the last saved epoch"
+        code = 130
+        text = "stopped; the same command goes on after the last saved epoch"
     except UserError as error:
-        code, said = 2, f"error: {' '.join(str(error).split())}"
+        code = 2
+        text = f"error: {' '.join(str(error).split())}"
     except (MemoryError, torch.OutOfMemoryError) as error:
-        code, said = 2, f"error: out of memory ({error}): try smaller batches, a smaller --gamma or --train-limit"
-    if not RANK:
-        print(f"ltsd: {said}", file=sys.stderr)
+        code = 2
+        remedy = "try smaller batches, a smaller --gamma or --train-limit"
+        text = f"error: out of memory ({first_line(error)}): {remedy}"
+    rank = f"rank {RANK}: " if WORLD > 1 else ""
+    say(f"ltsd: {rank}{text}", file=sys.stderr)
     return code
 
 
