@@ -2779,6 +2779,8 @@ MISTAKES = [
     ("--eps nan", "--eps", "nan"), ("--alpha 1,inf", "--alpha", "inf"), ("--out=", "--out", "''"),
     ("--milestones 75", "--milestones", "'75'", "0.75,0.9"), ("--epoch 1", "--epoch"),
     ("--eps 300", "--eps", "300", "255"), ("--eval-eps 300", "--eval-eps", "300", "255"),
+    ("--eps 0.031", "--eps 0.031", "255ths"), ("--step-size 0.007", "--step-size", "255ths"),
+    ("--seed 0 1 2", "1", "lists take commas"), ("--amp fp16", "--amp fp16", "CUDA"),
     ("--official --method natural", "--official", "natural"),
     ("--official --method ltsd,trades --data tinyimagenet", "--official", "trades", "tinyimagenet"),
     ("--attacks pgd,fgsm", "--attacks", "fgsm"),
@@ -2799,6 +2801,64 @@ def test_a_mistake_is_one_line_that_names_it(row, tmp_path, capsys, monkeypatch)
     monkeypatch.chdir(tmp_path)
     line = refusal(capsys, shlex.split(row[0]), *row[1:])
     assert len(line) <= 240
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cfg = config_of("--out=~/runs", "--data-dir=~/data", "--teacher=~/teacher.pt")
+    assert [cfg.out, cfg.data_dir] == [str(tmp_path / "runs"), str(tmp_path / "data")]
+    assert cfg.teacher == str(tmp_path / "teacher.pt")
+    report = config_of("--stage", "report", "~/runs/a", "--figures=~/figures")
+    assert report.runs == (str(tmp_path / "runs" / "a"),)
+    assert report.figures == str(tmp_path / "figures")
+
+
+@pytest.mark.parametrize("size", ["2", "two"])
+def test_what_a_launcher_left_behind_is_one_line(size, capsys, monkeypatch):
+    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE=size).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    refusal(capsys, ["--data", "synthetic"], size, "torchrun", "unset RANK")
+
+
+def test_empty_words_of_a_launcher_mean_one_process(capsys, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    assert ltsd.main(["--stage", "theory", "--device", "cpu"]) == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs /dev/full and pipes")
+@pytest.mark.parametrize("screen", ["ascii", "a closed pipe", "a full disk", "none"])
+def test_what_the_screen_cannot_take_ends_no_run(screen, monkeypatch):
+    if screen == "ascii":
+        stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    elif screen == "a closed pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+        stream = open(writer, "w", encoding="utf-8")
+    elif screen == "a full disk":
+        stream = open("/dev/full", "w", encoding="utf-8")
+    else:
+        stream = None
+    monkeypatch.setattr(sys, "stdout", stream)
+    for _ in range(2):
+        ltsd.say("1.00 ± 0.10 of a folder \udcff")
+    if screen == "ascii":
+        assert stream.buffer.getvalue() == 2 * b"1.00 ? 0.10 of a folder ?\n"
+    elif stream is not None:
+        stream.close()  # as at the end of the process: nothing is left that cannot be written
+
+
+@pytest.mark.parametrize(
+    "capability, precision, compiled",
+    [((6, 1), "off", False), ((7, 5), "fp16", True), ((8, 0), "bf16", True)],
+)
+def test_a_gpu_gets_what_it_is_fast_at(capability, precision, compiled, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(ltsd, "triton", "installed")
+    device = torch.device("cuda")
+    assert ltsd.best_precision(device) == precision
+    assert ltsd.compiles_well(device) == compiled
 
 
 def test_too_little_memory_is_one_line_that_names_the_remedy(capsys, monkeypatch):
@@ -3039,6 +3099,12 @@ def copied_run(whole_run, tmp_path):
 def test_the_learning_rate_drops_after_its_milestones():
     rates = {1: 0.1, 75: 0.1, 76: 0.01, 90: 0.01, 91: 0.001, 100: 0.001}
     assert {epoch: round(ltsd.lr_at(epoch, 100, 0.1), 9) for epoch in rates} == rates
+    assert ltsd.lr_at(1, 1, 0.1) == 0.1  # one epoch is complete before any drop
+
+
+def test_training_reseeds_no_generator_of_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", failing)  # it seeds all devices
+    assert launch(tmp_path, *SHORT, "--method", "pgd-at", "--aug", "ra") == 0
 
 
 @pytest.mark.parametrize(
@@ -3355,6 +3421,26 @@ def test_with_compile_on_a_graph_that_fails_ends_the_training(graphs_on_cpu, tmp
         train_in(tmp_path / "run", "on")
 
 
+def test_an_epoch_that_overflows_float16_is_done_again_in_float32(tmp_path, monkeypatch):
+    build = ltsd.build_model
+
+    def huge(*args):
+        model = build(*args)
+        model.conv1.weight.data.mul_(1e9)  # until batch norm has seen it
+        return model
+
+    monkeypatch.setattr(ltsd, "build_model", huge)
+    said = []
+    cfg = config_of(*RUN, "--method", "pgd-at")
+    monkeypatch.setattr(ltsd, "make_synthetic", small_images)
+    data = ltsd.load_data(cfg)
+    for amp in ("off", "fp16"):
+        changed = dataclasses.replace(cfg, amp=amp)  # refused by the command line: a CPU is slow
+        ltsd.train(changed, data, tmp_path / amp, said.append)
+    assert sum("overflows" in line for line in said) == 1
+    assert_same_weights(tmp_path / "off" / "last.pt", tmp_path / "fp16" / "last.pt")
+
+
 def test_a_captured_attack_reads_the_newest_inputs_and_weights(graphs_on_cpu):
     """Alike in shapes, the settings tell two graphs apart; an odd batch runs without one."""
     captures = graphs_on_cpu()
@@ -3669,6 +3755,26 @@ def test_a_foreign_checkpoint_is_scored_in_a_folder_of_its_own(whole_run, tmp_pa
     (found,) = results(tmp_path / "runs")
     assert found == known | dict(checkpoint=str(path), epoch=None)
     assert f"| {path}" in (run_in(tmp_path / "runs") / "report.md").read_text()
+
+
+def test_a_network_of_normalised_images_is_scored_with_mean_and_std(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ltsd, "make_synthetic", small_images)
+    path = tmp_path / "theirs.pt"
+    mean, std = [0.5, 0.4, 0.3], [0.1, 0.2, 0.3]
+    theirs = ltsd.build_model("resnet8", 10, mean=mean, std=std)
+    torch.save(theirs.state_dict(), path)
+    given = ["--mean", "0.5,0.4,0.3", "--std", "0.1,0.2,0.3"]
+    words = ["--stage", "eval", "--method", "pgd-at", "--checkpoint", path]
+    assert launch(tmp_path / "runs", *words, *given) == 0
+    assert "near chance" in capsys.readouterr().out  # it has learned nothing
+    (found,) = results(tmp_path / "runs")
+    data = ltsd.load_data(config_of(*RUN, "--method", "pgd-at"))
+    options = dict(tail=[9], steps=2, batch_size=ltsd.EVAL_BATCH)
+    want = ltsd.evaluate(theirs.eval(), data.test_images, data.test_labels, **options)
+    assert {name: found[name] for name in want} == want
+    for wrong in (["--mean", "0.5,0.4,0.3"], ["--mean", "0.5", "--std", "1,1,1"]):
+        assert launch(tmp_path / "other", *words, *wrong) == 2
+        one_line(capsys, "--mean", "--std", "three numbers")
 
 
 def test_a_folder_of_images_goes_the_whole_way_and_shows_examples(tmp_path):
