@@ -1836,6 +1836,11 @@ AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
 FLOATS = (torch.float32, torch.float64)
 
 
+def batches(rows, size):
+    """rows in parts of `size`; no part for no rows, where split has an empty one."""
+    return rows.split(size) if len(rows) else ()
+
+
 def image_like(rows):
     """[N] -> [N,1,1,1], to broadcast against images."""
     return rows.view(-1, 1, 1, 1)
@@ -2210,9 +2215,7 @@ def run_attack(name, plan, nets, x, y, logits, robust, eps, seed, batch_size) ->
     left = robust.clone()
     images = x.clone()
     for nth in range(1, targets + 1):
-        for rows in left.nonzero()[:, 0].split(batch_size):
-            if len(rows) == 0:  # a split of nothing is one part
-                break
+        for rows in batches(left.nonzero()[:, 0], batch_size):
             show_progress(f"{name}, target {nth} of {targets}: {left.sum()} points robust")
             points = Points(nets, x[rows], y[rows], rivals[rows, nth], eps, batch_size)
             draws_seed = derive_seed(seed, "autoattack", AUTOATTACK.index(name), nth)
@@ -2315,7 +2318,7 @@ def evaluate(
             options = dict(eps=eps, seed=seed, batch_size=batch_size, nets=nets)
             x = images[mine]
             images[mine] = autoattack(model, x, labels[mine], log=log, state=state, **options)
-        for part in mine.split(batch_size):
+        for part in batches(mine, batch_size):
             x = to_float(images_u8[part]) if images is None else images[part]
             y = labels[part]
             with eval_mode(nets[1]), torch.no_grad(), ieee_float32():

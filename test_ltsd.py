@@ -3572,6 +3572,15 @@ def test_two_ranks_step_with_the_mean_gradient_and_evaluate_as_one_process(
     assert 0 < one[-1]["aa"] < one[-1]["clean"]
 
 
+def test_a_rank_without_a_batch_takes_part_in_an_evaluation(monkeypatch):
+    monkeypatch.setattr(ltsd, "RANK", 1)
+    monkeypatch.setattr(ltsd, "WORLD", 2)
+    monkeypatch.setattr(ltsd, "gather", lambda value: [torch.ones(8, dtype=torch.bool), value])
+    budget = dict(attacks=("clean", "pgd", "aa"), steps=1)
+    scores = ltsd.evaluate(ltsd.build_model("resnet8", 3), U8, Y, **budget)
+    assert scores["clean"] == scores["pgd"] == scores["aa"] == 100
+
+
 @pytest.mark.parametrize("flag", ["--batch-size", "--teacher-batch-size"])
 def test_a_batch_that_two_ranks_cannot_share_is_refused(flag, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ltsd, "WORLD", 2)
