@@ -150,6 +150,9 @@ def _flag(default, help, choices="", low=0):
     return field(default=default, metadata=dict(help=help, choices=choices.split(), low=low))
 
 
+_count = functools.partial(_flag, low=1)
+
+
 # A value of None is filled in by `resolve`; afterwards None means that the run does not use it.
 # fmt: off
 @dataclass(frozen=True)
@@ -171,10 +174,10 @@ class Settings:
     teacher_method: str = _flag(None, "teacher's method (pgd-at)", "pgd-at at-bsl robal reat")
     teacher_data: str = _flag(None, "what the teacher sees: D_B or D (balanced)", "balanced full")
     official: bool = _flag(False, "the method's own published optimiser settings")
-    epochs: int = _flag(None, "student epochs (100; synthetic 10)", low=1)
-    teacher_epochs: int = _flag(None, "teacher epochs (30; on D --epochs; synthetic 6)", low=1)
-    batch_size: int = _flag(None, "student batch size (128; synthetic 32)", low=1)
-    teacher_batch_size: int = _flag(None, "teacher batch size (32; on D --batch-size)", low=1)
+    epochs: int = _count(None, "student epochs (100; synthetic 10)")
+    teacher_epochs: int = _count(None, "teacher epochs (30; on D --epochs; synthetic 6)")
+    batch_size: int = _count(None, "student batch size (128; synthetic 32)")
+    teacher_batch_size: int = _count(None, "teacher batch size (32; on D --batch-size)")
     lr: float = _flag(None, "first learning rate of SGD (0.1)")
     milestones: str = _flag(None, "shares of the epochs after which the rate drops (0.75,0.9)")
     weight_decay: float = _flag(None, "weight decay (5e-4)")
@@ -182,8 +185,8 @@ class Settings:
     eps: float = _flag(None, "L-inf radius of the training attack, in 255ths (8)")
     step_size: float = _flag(None, "step of the training attack, in 255ths (2)")
     steps: int = _flag(None, "steps of the training attack (10)")
-    train_limit: int = _flag(None, "about this many training images, before the long tail", low=1)
-    test_limit: int = _flag(None, "about this many test images", low=1)
+    train_limit: int = _count(None, "about this many training images, before the long tail")
+    test_limit: int = _count(None, "about this many test images")
     seed: int = _flag(0, "seed of the weights, of D_B and of every other draw")
     role: str = "student"  # no flag: a 'teacher' is trained on D_B
 
@@ -206,7 +209,7 @@ class Config(Settings):
     checkpoint: str = _flag(None, "with --stage eval: score this file, not the run's own")
     mean: str = _flag(None, "with --checkpoint or --teacher: the network gets (x - mean) / std")
     std: str = _flag(None, "see --mean; three numbers each, as in 0.49,0.48,0.45")
-    examples: int = _flag(None, "evaluated images to save, clean and attacked, as a PNG", low=1)
+    examples: int = _count(None, "evaluated images to save, clean and attacked, as a PNG")
     figures: str = _flag(None, "folder for figures of the table or the theory")
     runs: tuple = _flag((), "run folders for --stage report (the runs that these flags name)")
 
@@ -215,35 +218,31 @@ COMMON = dict(
     arch="resnet18", alpha=40.0, tau=1.0, beta=6.0, kd="igdm", epochs=100, batch_size=128,
     teacher_method="pgd-at", teacher_data="balanced", teacher_epochs=30, teacher_batch_size=32,
     lr=0.1, weight_decay=5e-4, milestones="0.75,0.9", eps=8.0, step_size=2.0, steps=10,
-    attacks="clean,pgd,aa",
+    attacks="clean,pgd,aa", image_size=32,
 )
-SMALL = dict(
-    arch="resnet8", alpha=10.0, epochs=10, batch_size=32, teacher_epochs=6, attacks="clean,pgd",
-)
-# image side, defaults of its own
-DATASETS = {
-    "cifar10":      (32, dict(ir=50.0)),
-    "cifar100":     (32, dict(ir=10.0)),
-    "tinyimagenet": (64, dict(ir=10.0, arch="preactresnet18")),
-    "folder":       (32, {}),
-    "synthetic":    (32, dict(ir=20.0, **SMALL)),
+DATASETS = {  # defaults of their own
+    "cifar10":      dict(ir=50.0),
+    "cifar100":     dict(ir=10.0),
+    "tinyimagenet": dict(ir=10.0, arch="preactresnet18"),
+    "folder":       {},
+    "synthetic":    dict(ir=20.0, arch="resnet8", alpha=10.0, epochs=10, batch_size=32,
+                         teacher_epochs=6, attacks="clean,pgd"),
 }
 # fmt: on
 
 
 # 3  The method ====================================================================================
 def balanced_indices(labels, per_class, seed) -> np.ndarray:
-    """Draw the paper's D_B (section 4.2): exactly per_class positions of every class, each position
-    floor or ceil times equally often. labels: int array [N] with classes 0..C-1; per_class: int >=
-    1. Large classes are thinned without replacement; small ones repeated whole, the remainder drawn
-    without replacement. Returns int64 [C*per_class]. ValueError for per_class < 1 or an empty
-    class."""
+    """The paper's D_B (section 4.2): exactly per_class positions of every class, each floor or ceil
+    times equally often; what is no whole round is drawn without replacement. labels: int [N],
+    classes 0..C-1; per_class: whole number >= 1. Returns int64 [C*per_class]. ValueError for
+    another per_class or an empty class."""
     if per_class < 1 or per_class != int(per_class):
         raise ValueError(f"per_class {per_class}: must be a whole number of at least 1")
     labels = np.asarray(labels)
     rng = np.random.default_rng(seed)
-    chosen = [np.empty(0, np.int64)]
-    for c in range(int(labels.max(initial=-1)) + 1):
+    chosen = []
+    for c in range(labels.max() + 1):
         members = np.flatnonzero(labels == c)
         if len(members) == 0:
             raise ValueError(f"class {c} has no image to resample")
@@ -256,18 +255,15 @@ def balanced_indices(labels, per_class, seed) -> np.ndarray:
 def balanced_data(cfg, data):
     """D_B as Data: floor(gamma n_min) images of every class of D, at least one, drawn once a run.
     gamma is half the imbalance ratio, at least 1, where the Config has none."""
-    gamma = cfg.gamma
-    if gamma is None:
-        gamma = max(1.0, max(data.counts) / min(data.counts) / 2)
-    per_class = max(1, math.floor(gamma * min(data.counts)))
+    smallest = min(data.counts)
+    gamma = cfg.gamma or max(1.0, max(data.counts) / smallest / 2)
+    per_class = max(1, math.floor(gamma * smallest))
     seed = derive_seed(cfg.seed, "balanced")
     drawn = torch.from_numpy(balanced_indices(data.train_labels.cpu(), per_class, seed))
-    return replace(
-        data,
-        train_images=data.train_images[drawn],
-        train_labels=data.train_labels[drawn],
-        counts=[per_class] * len(data.counts),
-    )
+    images = data.train_images[drawn]
+    labels = data.train_labels[drawn]
+    counts = [per_class] * len(data.counts)
+    return replace(data, train_images=images, train_labels=labels, counts=counts)
 
 
 def _float32(tensor):
@@ -278,7 +274,7 @@ def _float32(tensor):
 def _class_counts(counts, logits):
     """Training images per class like the logits; ValueError for another number of classes."""
     counts = torch.as_tensor(counts).to(logits)
-    if list(counts.shape) != [logits.shape[1]]:
+    if counts.shape != logits.shape[1:]:
         wanted = f"want one count for each of {logits.shape[1]} classes"
         raise ValueError(f"counts has shape {list(counts.shape)}: {wanted}")
     return counts
@@ -293,39 +289,38 @@ def balanced_softmax_loss(logits, y, counts, tau=1.0) -> torch.Tensor:
     return F.cross_entropy(logits + prior, y)
 
 
+def _kl(p, q):
+    """Mean KL(softmax(p) || softmax(q)); float logits [N,C], both carry gradient."""
+    log_p = F.log_softmax(_float32(p), 1)
+    log_q = F.log_softmax(_float32(q), 1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
 def distillation_loss(student, teacher) -> torch.Tensor:
     """Mean KL(softmax(teacher) || softmax(student)); float logits [N,C], the teacher's detached."""
-    student = F.log_softmax(_float32(student), 1)
-    target = F.log_softmax(_float32(teacher.detach()), 1)
-    return F.kl_div(student, target, reduction="batchmean", log_target=True)
+    return _kl(teacher.detach(), student)
 
 
 def igdm_loss(student_plus, student_minus, teacher_plus, teacher_minus) -> torch.Tensor:
-    """Indirect gradient distillation: mean KL(softmax(T+ - T-) || softmax(S+ - S-)) (Lee et al.
-    2023). Arguments: float logits [N,C] of student and teacher at x+d (plus) and x-d (minus), d =
-    x'-x: differences of logits stand for input gradients. The teacher's are detached; temperature
-    1. Returns a scalar >= 0."""
+    """Indirect gradient distillation (Lee et al. 2023): mean KL(softmax(T+ - T-) || softmax(S+ -
+    S-)). Float logits [N,C] of student and teacher at x+d (plus) and x-d (minus), d = x'-x; the
+    teacher's are detached. Returns a scalar >= 0."""
     student = _float32(student_plus) - _float32(student_minus)
     teacher = _float32(teacher_plus) - _float32(teacher_minus)
     return distillation_loss(student, teacher)
 
 
 def trades_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
-    """Mean CE(z(x), y) + beta * mean KL(p(x) || p(x')) (TRADES, Zhang et al. 2019); both sides
-    carry gradient. logits, logits_adv: float [N,C] at x and x'; y: int64 [N]. beta 0 is
-    cross-entropy. Returns a scalar."""
+    """Mean CE(z(x), y) + beta * mean KL(p(x) || p(x')) (TRADES, Zhang et al. 2019). logits,
+    logits_adv: float [N,C] at x and x', both with gradient; y: int64 [N]. Returns a scalar."""
     logits = _float32(logits)
-    clean = F.log_softmax(logits, 1)
-    adv = F.log_softmax(_float32(logits_adv), 1)
-    divergence = F.kl_div(adv, clean, reduction="batchmean", log_target=True)
-    return F.cross_entropy(logits, y) + beta * divergence
+    return F.cross_entropy(logits, y) + beta * _kl(logits, logits_adv)
 
 
 def mart_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
-    """MART (Wang et al. 2020): boosted cross-entropy at x' plus a KL weighted by how unsure the
-    network is of x, mean[CE(z(x'), y) - ln(1.0001 - p_k(x') + 1e-12)] + beta * mean[KL(p(x) ||
-    p(x')) * (1.0000001 - p_y(x))]. k: the most probable class of x' but y; the KL takes ln(p(x') +
-    1e-12). Arguments as in trades_loss."""
+    """MART (Wang et al. 2020): mean[CE(z(x'), y) - ln(1.0001 - p_k(x') + 1e-12)] + beta *
+    mean[KL(p(x) || p(x')) * (1.0000001 - p_y(x))], k the most probable class of x' but y; the KL
+    takes ln(p(x') + 1e-12). Arguments as in trades_loss."""
     logits_adv = _float32(logits_adv)
     clean = F.log_softmax(_float32(logits), 1)
     adv = F.softmax(logits_adv, 1)
@@ -338,9 +333,8 @@ def mart_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
 
 def robal_loss(scores, scores_adv, y, counts, *, scale, margin, tau_b, tau_m, beta) -> torch.Tensor:
     """RoBal (Wu et al. 2021): CE of scale*(s(x') - m_y 1_y) + tau_b ln(n/N) plus beta * mean
-    KL(p(x) || p(x')). scores, scores_adv: cosine scores [N,C] at x and x'; m_c = margin +
-    tau_m/scale * ln(n_c/n_min), larger for frequent classes. The KL's softmaxes are of the unscaled
-    scores, with ln(p(x') + 1e-12) and no detaching."""
+    KL(p(x) || p(x')), m_c = margin + tau_m/scale * ln(n_c/n_min). scores, scores_adv: cosine scores
+    [N,C] at x and x'; the KL's softmaxes are of these, unscaled, with ln(p(x') + 1e-12)."""
     scores = _float32(scores)
     scores_adv = _float32(scores_adv)
     counts = _class_counts(counts, scores)
@@ -353,10 +347,10 @@ def robal_loss(scores, scores_adv, y, counts, *, scale, margin, tau_b, tau_m, be
 
 
 def reat_class_weights(counts, predicted) -> torch.Tensor:
-    """REAT's weights in its attack: w_c ~ 1 / (E_c + 1e-5), E_c = (1 - b^a)/(1 - b), b = (n_c -
-    1)/n_c, sum C. counts: training images n_c >= 1 [C]; predicted: a_c [C], how often the network
-    predicted the class at x' in the epoch before. float64 inside, since 1 - b^a cancels. Returns
-    float32 [C] (effective numbers, Cui et al. 2019)."""
+    """REAT's weights in its attack, by effective numbers (Cui et al. 2019): w_c ~ 1 / (E_c + 1e-5),
+    sum C, E_c = (1 - b^a)/(1 - b), b = (n_c - 1)/n_c. counts: training images n_c >= 1 [C];
+    predicted: a_c [C], how often the network predicted the class at x' in the epoch before. float64
+    inside, since 1 - b^a cancels. Returns float32 [C]."""
     n = torch.as_tensor(counts).double()
     a = torch.as_tensor(predicted).double()
     b = (n - 1) / n
@@ -365,68 +359,60 @@ def reat_class_weights(counts, predicted) -> torch.Tensor:
 
 
 def reat_tail_loss(features, y, counts) -> torch.Tensor:
-    """REAT's tail term (Li et al. 2023) as its released code computes it. For each sample i of the
-    tail third of the classes: mean_j(s_ij W_ij) * mean_j KL(softmax f_i || softmax f_j) / d over
-    the batch, s = -1 within a class and +1 between, W = u_yi + u_yj, u_c = sqrt(N/n_c), f_i
-    detached; then the mean over these i, 0 without any. (The paper weights each pair of its own;
-    the code's criterion averages over j and d first.) features: float [B,d]; y: int64 [B]."""
+    """REAT's tail term (Li et al. 2023) as its released code computes it: the mean over the batch's
+    samples i of the tail third of the classes, 0 without any, of mean_j(s_ij (u_yi + u_yj)) *
+    mean_j KL(softmax f_i || softmax f_j) / d, with s = -1 within a class and +1 between, u_c =
+    sqrt(N/n_c), f_i detached. (The paper weights each pair by itself.) features: float [B,d]; y:
+    int64 [B]; counts: [C]. Returns a scalar."""
     features = _float32(features)
     counts = torch.as_tensor(counts).to(features)
-    is_tail = (y > 2 * (len(counts) // 3)).to(features.dtype)
     log_p = F.log_softmax(features, 1)
-    target = log_p.detach()
-    entropy = (target.exp() * target).sum(1)[:, None]
-    divergence = entropy - target.exp() @ log_p.T  # [i,j] = KL(i || j)
+    anchor = log_p.detach()
+    entropy = (anchor.exp() * anchor).sum(1, keepdim=True)
+    divergence = entropy - anchor.exp() @ log_p.T  # [i,j] = KL(i || j)
     divergence = divergence.mean(1, keepdim=True) / features.shape[1]
-    same_class = (y[:, None] == y[None]).to(features.dtype)
+    sign = 1 - 2 * (y[:, None] == y)
     u = (counts.sum() / counts).sqrt()[y]
-    weights = (1 - 2 * same_class) * (u[:, None] + u[None])
-    per_anchor = (weights * divergence).mean(1)
+    per_anchor = (sign * (u[:, None] + u) * divergence).mean(1)
+    is_tail = y > 2 * (len(counts) // 3)
     return (per_anchor * is_tail).sum() / is_tail.sum().clamp_min(1)
 
 
 @contextlib.contextmanager
 def awp_perturbation(model, loss_fn, gamma):
-    """AWP (Wu et al. 2020): inside, every weight tensor w with more than one dimension is w + v,
-    with v = gamma |w| g/|g| and g the gradient of loss_fn() at w; afterwards v is subtracted again.
-    gamma 0 does nothing at all. The ascent's own forward leaves the model's buffers as they were.
-    Frozen and unused weights stay; v is 0 where g is not finite, since NaN could not be subtracted
-    again."""
+    """AWP (Wu et al. 2020): inside, every trainable w of two or more dimensions is w + v, v = gamma
+    |w| g/|g|, g the gradient of loss_fn() at w; afterwards v is subtracted again. v is 0 where g is
+    not finite, since NaN could not be subtracted. gamma 0 does nothing at all. The ascent's own
+    forward leaves the model's buffers as they were."""
     if gamma == 0:
         yield
         return
-    weights = []
-    for name, parameter in model.named_parameters():
-        if name.endswith("weight") and parameter.dim() > 1 and parameter.requires_grad:
-            weights.append(parameter)
+    weights = [w for w in model.parameters() if w.dim() > 1 and w.requires_grad]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        gradients = torch.autograd.grad(loss_fn(), weights, allow_unused=True)
+        gradients = torch.autograd.grad(loss_fn(), weights, materialize_grads=True)
     finally:
         for buffer, before in buffers:
             buffer.copy_(before)
-    used = [(weight, g) for weight, g in zip(weights, gradients) if g is not None]
-    average_over_ranks([g for _, g in used])
+    average_over_ranks(gradients)
     steps = []
-    for weight, g in used:
-        ratio = gamma * weight.detach().norm() / (g.norm() + 1e-20)
-        steps.append((weight, (g * ratio).nan_to_num_(0, 0, 0)))
     with torch.no_grad():
-        for weight, step in steps:
-            weight.add_(step)
+        for w, g in zip(weights, gradients):
+            step = g * (gamma * w.norm() / (g.norm() + 1e-20))
+            steps.append(step.nan_to_num_(0, 0, 0))
+            w.add_(steps[-1])
     try:
         yield
     finally:
         with torch.no_grad():
-            for weight, step in steps:
-                weight.sub_(step)
+            for w, step in zip(weights, steps):
+                w.sub_(step)
 
 
 @dataclass
 class Batch:
-    """What an outer loss may look at. student(x) -> logits, with_features=True: (logits, features),
-    in train mode; teacher(x) -> logits, no gradient; a method's own setting is a Config field, read
-    as cfg.NAME."""
+    """What an outer loss may look at. student(x) -> logits, with_features=True: (logits, features);
+    teacher(x) -> logits, no gradient; a method's own setting is a Config field, cfg.NAME."""
 
     student: Callable
     x: torch.Tensor
@@ -440,18 +426,9 @@ class Batch:
 
 # The outer losses, one for each row of METHODS: Batch -> (scalar, logits at x'). On CUDA they are
 # captured as a graph, so no .item() and no `if` on tensors; AWP calls them twice.
-def _ltsd(batch):
-    """The paper: balanced softmax at x' plus alpha times the distillation from the self-teacher."""
+def _pgd_at(batch):
     logits = batch.student(batch.x_adv)
-    if batch.cfg.kd == "kl":
-        distillation = distillation_loss(logits, batch.teacher(batch.x_adv))
-    else:
-        minus = 2 * batch.x - batch.x_adv  # x - d, not clipped, as in IGDM's code
-        student_minus = batch.student(minus)
-        teacher_plus, teacher_minus = batch.teacher(torch.cat([batch.x_adv, minus])).chunk(2)
-        distillation = igdm_loss(logits, student_minus, teacher_plus, teacher_minus)
-    fit = balanced_softmax_loss(logits, batch.y, batch.counts, batch.cfg.tau)
-    return fit + batch.alpha * distillation, logits
+    return F.cross_entropy(logits, batch.y), logits
 
 
 def _at_bsl(batch):
@@ -459,33 +436,17 @@ def _at_bsl(batch):
     return balanced_softmax_loss(logits, batch.y, batch.counts, batch.cfg.tau), logits
 
 
-def _pgd_at(batch):
-    logits = batch.student(batch.x_adv)
-    return F.cross_entropy(logits, batch.y), logits
-
-
-def _trades(batch):
-    logits = batch.student(batch.x)
-    logits_adv = batch.student(batch.x_adv)
-    return trades_loss(logits, logits_adv, batch.y, batch.cfg.beta), logits_adv
-
-
-def _mart(batch):
-    logits = batch.student(batch.x)
-    logits_adv = batch.student(batch.x_adv)
-    return mart_loss(logits, logits_adv, batch.y, batch.cfg.beta), logits_adv
-
-
-def _robal(batch):
-    # RoBal-R's published constants: its CIFAR-10 row up to 10 classes, its CIFAR-100 row beyond
-    constants = dict(scale=10.0, margin=0.1, tau_b=1.5, tau_m=0.3)
-    if len(batch.counts) > 10:
-        constants = dict(scale=10.0, margin=0.3, tau_b=0, tau_m=0)
-    scores = batch.student(batch.x)
-    scores_adv = batch.student(batch.x_adv)
-    beta = batch.cfg.beta
-    loss = robal_loss(scores, scores_adv, batch.y, batch.counts, beta=beta, **constants)
-    return loss, scores_adv
+def _ltsd(batch):
+    """The paper: balanced softmax at x' plus alpha times the distillation from the self-teacher."""
+    fit, logits = _at_bsl(batch)
+    if batch.cfg.kd == "kl":
+        distillation = distillation_loss(logits, batch.teacher(batch.x_adv))
+    else:
+        minus = 2 * batch.x - batch.x_adv  # x - d, not clipped, as in IGDM's code
+        student_minus = batch.student(minus)
+        teacher_plus, teacher_minus = batch.teacher(torch.cat([batch.x_adv, minus])).chunk(2)
+        distillation = igdm_loss(logits, student_minus, teacher_plus, teacher_minus)
+    return fit + batch.alpha * distillation, logits
 
 
 def _reat(batch):
@@ -494,31 +455,41 @@ def _reat(batch):
     return fit + reat_tail_loss(features, batch.y, batch.counts), logits
 
 
+def _compared(loss, batch):
+    """TRADES, MART and RoBal look at x as well as at x'."""
+    logits = batch.student(batch.x)
+    logits_adv = batch.student(batch.x_adv)
+    return loss(logits, logits_adv, batch.y, beta=batch.cfg.beta), logits_adv
+
+
+def _robal(batch):
+    # RoBal-R's published constants: its CIFAR-10 row up to 10 classes, its CIFAR-100 row beyond
+    constants = dict(margin=0.1, tau_b=1.5, tau_m=0.3)
+    if len(batch.counts) > 10:
+        constants = dict(margin=0.3, tau_b=0, tau_m=0)
+    loss = functools.partial(robal_loss, counts=batch.counts, scale=10.0, **constants)
+    return _compared(loss, batch)
+
+
 # What training attacks ascend: (logits at x', y, aux) -> a mean over the images. aux, a tensor or
 # None, comes from the row's `aux`, once per batch.
 def cross_entropy_objective(logits, y, aux=None):
-    """Mean cross-entropy, what PGD ascends (Madry et al. 2018); aux is not used."""
-    return F.cross_entropy(logits, y)
+    """Mean cross-entropy, PGD's (Madry et al. 2018). aux: class weights [C], REAT's: in eval mode
+    they only scale an image's gradient, and the sign steps are those of plain cross-entropy."""
+    return F.cross_entropy(logits, y, weight=aux)
 
 
 def kl_objective(logits, y, aux):
-    """Mean KL(p(x) || p(x')), what TRADES' attack ascends; aux: log p(x), [N,C]."""
-    return F.kl_div(F.log_softmax(logits, 1), aux, reduction="batchmean", log_target=True)
-
-
-def weighted_objective(logits, y, aux):
-    """Class-weighted cross-entropy, what REAT's attack ascends; aux: weights [C]. With eval-mode
-    batch norm each image's gradient is only scaled, so that its sign steps are those of plain
-    cross-entropy."""
-    return F.cross_entropy(logits, y, weight=aux)
+    """Mean KL(p(x) || p(x')), what TRADES' attack ascends; aux: the logits at x, [N,C]."""
+    return _kl(aux, logits)
 
 
 def _no_aux(frozen, x, counts, predicted):
     return None
 
 
-def _clean_log_probabilities(frozen, x, counts, predicted):
-    return F.log_softmax(frozen(x), 1)
+def _clean_logits(frozen, x, counts, predicted):
+    return frozen(x)
 
 
 def _reat_weights(frozen, x, counts, predicted):
@@ -542,57 +513,42 @@ class Method:
     official_data: tuple = ()  # ... and the data sets they were published for
 
 
-# A row may be added from outside, as the README shows. Published settings: robust_overfitting's
-# (pgd-at), the methods' own; RoBal's with an ordinary step decay.
+# Published settings: robust_overfitting's (pgd-at), the methods' own; RoBal's with a step decay.
 CIFAR = ("cifar10", "cifar100")
-RICE = dict(epochs=200, milestones="0.5,0.75")
-METHODS = {
+ALL_THREE = (*CIFAR, "tinyimagenet")
+# fmt: off
+PGD_AT = Method(_pgd_at, init="uniform", uses=(), official_data=CIFAR,
+                official=dict(epochs=200, milestones="0.5,0.75"))
+METHODS = {  # a row may be added from outside, as the README shows
     "natural": Method(_pgd_at, objective=None, uses=()),
-    "pgd-at": Method(_pgd_at, init="uniform", uses=(), official=RICE, official_data=CIFAR),
+    "pgd-at": PGD_AT,
     "trades": Method(
-        _trades,
-        kl_objective,
-        aux=_clean_log_probabilities,
-        uses=("beta",),
+        functools.partial(_compared, trades_loss), kl_objective, aux=_clean_logits, uses=("beta",),
         low_precision=False,  # near x rounding drowns its gradient: bf16 is 6 % weaker
-        official=dict(epochs=76, milestones="0.974", weight_decay=2e-4),
-        official_data=("cifar10",),
+        official=dict(epochs=76, milestones="0.974", weight_decay=2e-4), official_data=("cifar10",),
     ),
     "mart": Method(
-        _mart,
-        uses=("beta",),
+        functools.partial(_compared, mart_loss), uses=("beta",), official_data=("cifar10",),
         official=dict(
-            epochs=120, lr=0.01, weight_decay=3.5e-3, beta=5.0, milestones=".617,.742,.825"
+            epochs=120, milestones=".617,.742,.825", lr=0.01, weight_decay=3.5e-3, beta=5.0,
         ),
-        official_data=("cifar10",),
     ),
-    "awp": Method(_pgd_at, init="uniform", uses=(), awp=0.01, official=RICE, official_data=CIFAR),
+    "awp": replace(PGD_AT, awp=0.01),
     "robal": Method(
-        _robal,
-        uses=("beta",),
-        head="cosine",
+        _robal, uses=("beta",), head="cosine", official_data=CIFAR,
         official=dict(epochs=80, milestones="0.75,0.9375", batch_size=64, weight_decay=2e-4),
-        official_data=CIFAR,
     ),
     "reat": Method(
-        _reat,
-        weighted_objective,
-        init="uniform",
-        aux=_reat_weights,
-        uses=("tau",),
-        official=dict(epochs=80, milestones="0.75,0.9375"),
-        official_data=CIFAR,
+        _reat, init="uniform", aux=_reat_weights, uses=("tau",),
+        official=dict(epochs=80, milestones="0.75,0.9375"), official_data=CIFAR,
     ),
     "at-bsl": Method(
-        _at_bsl,
-        uses=("tau",),
-        official=dict(milestones="0.74,0.89,0.99"),
-        official_data=(*CIFAR, "tinyimagenet"),
+        _at_bsl, uses=("tau",),
+        official=dict(milestones="0.74,0.89,0.99"), official_data=ALL_THREE,
     ),
-    "ltsd": Method(
-        _ltsd, uses=("alpha", "tau", "kd"), teacher=True, official_data=(*CIFAR, "tinyimagenet")
-    ),
+    "ltsd": Method(_ltsd, uses=("alpha", "tau", "kd"), teacher=True, official_data=ALL_THREE),
 }
+# fmt: on
 
 
 # 4  Step and attack ===============================================================================
@@ -1223,16 +1179,19 @@ class Data:
 
     def crc32(self, part):
         """Checksum of the 'train' or the 'test' images and labels."""
-        checksum = 0
-        for kind in ("images", "labels"):
-            tensor = getattr(self, f"{part}_{kind}")
-            checksum = zlib.crc32(tensor.cpu().contiguous().numpy(), checksum)
-        return f"{checksum:08x}"
+        return _crc32([getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")])
 
     def to(self, device):
         """The same data with its four tensors on `device`."""
         tensors = {name: v.to(device) for name, v in vars(self).items() if torch.is_tensor(v)}
         return replace(self, **tensors)
+
+
+def _crc32(tensors):
+    checksum = 0
+    for tensor in tensors:
+        checksum = zlib.crc32(tensor.cpu().contiguous().numpy(), checksum)
+    return f"{checksum:08x}"
 
 
 def to_float(images_u8):
@@ -1259,14 +1218,14 @@ def long_tail_indices(labels, counts) -> np.ndarray:
     [sum(counts)] and touches no global generator. ValueError where a class has too few images."""
     labels = np.asarray(labels)
     rng = np.random.RandomState(0)
-    chosen = [np.empty(0, np.int64)]
+    chosen = []
     for c, wanted in enumerate(counts):
         members = np.flatnonzero(labels == c)
         if not 0 <= wanted <= len(members):
             raise ValueError(f"class {c} has {len(members)} images, {wanted} wanted: lower n_max")
         rng.shuffle(members)
         chosen.append(members[:wanted])
-    return np.concatenate(chosen).astype(np.int64)
+    return np.concatenate(chosen)
 
 
 def augment(images_u8, policy, generator) -> torch.Tensor:
@@ -1278,8 +1237,7 @@ def augment(images_u8, policy, generator) -> torch.Tensor:
     group k being images k, k + AUGMENT_GROUPS, ...: every image has torchvision's law, and two
     images of a batch of up to AUGMENT_GROUPS share no draw. ValueError: unknown policy, another
     dtype or shape."""
-    known = policy in ("none", "ra", "aua")
-    if not known or images_u8.dtype != torch.uint8 or images_u8.ndim != 4:
+    if policy not in ("none", "ra", "aua") or images_u8.dtype != torch.uint8 or images_u8.ndim != 4:
         given = f"{policy!r}, images {images_u8.dtype} {list(images_u8.shape)}"
         raise ValueError(f"policy {given}: want none, ra or aua, and uint8 [N,3,H,W]")
     n, _, height, width = images_u8.shape
@@ -1292,9 +1250,7 @@ def augment(images_u8, policy, generator) -> torch.Tensor:
     padded = F.pad(images_u8, (pad, pad, pad, pad))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [N,3,9,9,H,W], a view
     cut = windows[torch.arange(n, device=device), :, corner[0], corner[1]]  # [N,3,H,W]
-    column = torch.arange(width, device=device)
-    column = torch.where(flip[:, None], column.flip(0), column)  # [N,W]
-    return cut.gather(3, column[:, None, None].expand_as(cut))
+    return torch.where(flip[:, None, None, None], cut.flip(3), cut)
 
 
 def _apply_policy(images_u8, policy, generator):
@@ -1322,19 +1278,20 @@ def load_data(cfg) -> Data:
         data = load_tinyimagenet(cfg.data_dir)
     else:
         data = load_cifar(cfg.data, cfg.data_dir)
-    train = _limited(data.train_images, data.train_labels, cfg.train_limit)
-    data.train_images, data.train_labels = train
-    test = _limited(data.test_images, data.test_labels, cfg.test_limit)
-    data.test_images, data.test_labels = test
-    available = np.bincount(data.train_labels)
+    kept = _limited(data.train_labels, cfg.train_limit)
+    labels = data.train_labels[kept]
+    available = np.bincount(labels)
     data.counts = available.tolist()
     if cfg.ir is not None:
         data.counts = _largest_profile(available, cfg.ir)
-    chosen = torch.from_numpy(long_tail_indices(data.train_labels, data.counts))
-    data.train_images = data.train_images[chosen]
-    data.train_labels = data.train_labels[chosen]
-    tail = max(1, len(data.classes) // 10)
-    data.tail = list(range(len(data.classes)))[-tail:]
+    kept = kept[long_tail_indices(labels, data.counts)]
+    data.train_images = data.train_images[kept]
+    data.train_labels = data.train_labels[kept]
+    kept = _limited(data.test_labels, cfg.test_limit)
+    data.test_images = data.test_images[kept]
+    data.test_labels = data.test_labels[kept]
+    classes = len(data.classes)
+    data.tail = list(range(classes - max(1, classes // 10), classes))
     return data
 
 
@@ -1347,22 +1304,21 @@ def _largest_profile(available, ir):
             return counts
         n_max -= 1
     sizes = f"{available.max()} to {available.min()} images"
-    raise UserError(f"--ir {ir:g}: the classes have {sizes}, too few for this ratio: lower it")
+    raise UserError(f"--ir {ir:g}: the classes have {sizes}, too few for it: lower it")
 
 
-def _limited(images, labels, limit):
-    """About `limit` images and their labels: the same share of every class, but at least one image
-    of each, by a fixed seed and in their order; all of them where limit is None."""
+def _limited(labels, limit):
+    """Positions of about `limit` labels: the same share of every class, but at least one of each,
+    by a fixed seed and in their order; all of them where limit is None."""
     if limit is None or limit >= len(labels):
-        return images, labels
+        return np.arange(len(labels))
     rng = np.random.default_rng(0)
     chosen = []
     for c in range(int(labels.max()) + 1):
         members = np.flatnonzero(labels == c)
         share = max(1, len(members) * limit // len(labels))
         chosen.append(rng.permutation(members)[:share])
-    kept = np.sort(np.concatenate(chosen))
-    return images[kept], labels[kept]
+    return np.sort(np.concatenate(chosen))
 
 
 def _to_nchw(images):
@@ -1370,31 +1326,21 @@ def _to_nchw(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
-def _say_what_is_missing(data, name, train_images, test_images):
-    """One line if a class has fewer training, one if it has fewer test images than in the published
-    set, which has these numbers of images, as many of each class."""
-    classes = len(data.classes)
-    for labels, published in ((data.train_labels, train_images), (data.test_labels, test_images)):
-        counts = np.bincount(labels, minlength=classes)
-        c = int(counts.argmin())
-        if counts[c] < published // classes:
-            found = f"{len(labels)} of {published} images are there"
-            say(f"{name} is incomplete, fetch it again: {found}, {counts[c]} of {data.classes[c]}")
+def _fetching(name, data_dir):
+    remedy = f"put it into {data_dir} by hand, or try --data synthetic"
+    return blaming(f"could not fetch {name}: {remedy}", (OSError, RuntimeError))
 
 
 def load_cifar(name, data_dir) -> Data:
     """'cifar10' or 'cifar100' as published, by torchvision: fetched into data_dir when absent, md5s
     checked. UserError where it cannot be fetched."""
     cls = getattr(torchvision.datasets, name.upper())
-    remedy = f"put it into {data_dir} by hand, or try --data synthetic"
-    with blaming(f"could not fetch {cls.filename}: {remedy}", (OSError, RuntimeError)):
+    with _fetching(cls.filename, data_dir):
         train = cls(data_dir, train=True, download=True)
         test = cls(data_dir, train=False, download=True)
-    train_part = _to_nchw(train.data), torch.tensor(train.targets)
-    test_part = _to_nchw(test.data), torch.tensor(test.targets)
-    data = Data(*train_part, *test_part, train.classes)
-    _say_what_is_missing(data, name, 50_000, 10_000)
-    return data
+    labels = torch.tensor(train.targets)
+    test_labels = torch.tensor(test.targets)
+    return Data(_to_nchw(train.data), labels, _to_nchw(test.data), test_labels, train.classes)
 
 
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -1408,8 +1354,7 @@ def load_tinyimagenet(data_dir) -> Data:
     root = pathlib.Path(data_dir, "tiny-imagenet-200")
     annotations = root / "val" / "val_annotations.txt"
     if not annotations.exists() or len(list(root.glob("train/n*"))) < 200:
-        remedy = f"put it into {data_dir} by hand, or try --data synthetic"
-        with blaming(f"could not fetch {root.name}.zip: {remedy}", (OSError, RuntimeError)):
+        with _fetching("tiny-imagenet-200.zip", data_dir):
             download_and_extract_archive(TINY_URL, data_dir, md5=TINY_MD5)
     kinds = (OSError, LookupError, ValueError)
     with blaming(f"{root} is incomplete: delete this folder, and it is unpacked again", kinds):
@@ -1417,11 +1362,13 @@ def load_tinyimagenet(data_dir) -> Data:
         test = []
         for line in annotations.read_text().splitlines():
             words = line.split()  # file name, wnid, a box
-            path = root / "val" / "images" / words[0]
-            test.append((str(path), train.class_to_idx[words[1]]))
-    data = _read_images(train.samples, test, train.classes, 64, root / ".ltsd.pt")
-    _say_what_is_missing(data, "tinyimagenet", 100_000, 10_000)
-    return data
+            test.append((f"{root}/val/images/{words[0]}", train.class_to_idx[words[1]]))
+    missing = 110_000 - len(train.samples) - len(test)
+    if missing > 0:
+        say(
+            f"{root} lacks {missing} of 110000 images: delete this folder, and it is unpacked again"
+        )
+    return _read_images(train.samples, test, train.classes, 64, root / ".ltsd.pt")
 
 
 class _PictureFolder(torchvision.datasets.ImageFolder):
@@ -1435,7 +1382,7 @@ class _PictureFolder(torchvision.datasets.ImageFolder):
     def find_classes(self, directory):
         found, _ = super().find_classes(directory)
         classes = [name for name in found if not name.startswith(".")]
-        return classes, {name: c for c, name in enumerate(classes)}
+        return classes, dict(zip(classes, itertools.count()))
 
     def takes(self, path):
         if os.sep + "." in path.removeprefix(self.root):
@@ -1454,14 +1401,12 @@ def load_folder(data_dir, size) -> Data:
     layout = "want DIR/train/CLASS/* and DIR/test/CLASS/*"
     with blaming(f"--data-dir {data_dir}: {layout}", (OSError, ValueError)):
         train = _PictureFolder(root / "train")
-        part = "test"
-        if not any((root / part / name).is_dir() for name in train.classes):
-            part = "val"
-        test = _PictureFolder(root / part)
-    names = train.classes
+        names = train.classes
+        has_test = any((root / "test" / name).is_dir() for name in names)
+        test = _PictureFolder(root / ("test" if has_test else "val"))
     if names != test.classes or len(names) < 2:
         odd = sorted(set(names) ^ set(test.classes)) or names
-        same = f"train and {part} need the same classes, two or more"
+        same = "train and test need the same classes, two or more"
         raise UserError(f"--data-dir {data_dir}: {same}; unlike: {odd[:3]}")
     unread = train.unread + test.unread
     if unread > 0:
@@ -1483,7 +1428,13 @@ def _read_images(train, test, classes, size, cache) -> Data:
         saved = read_checkpoint(cache)
         if saved["key"] == key:
             return Data(**saved["data"])
-    data = Data(*_decode_all(train, size), *_decode_all(test, size), classes)
+    paths, labels = zip(*train, *test)
+    with ThreadPoolExecutor() as pool:
+        pixels = list(pool.map(_decode, paths, itertools.repeat(size)))
+    images = _to_nchw(np.stack(pixels))
+    labels = torch.tensor(labels)
+    n = len(train)
+    data = Data(images[:n], labels[:n], images[n:], labels[n:], classes)
     with contextlib.suppress(UserError):  # data on a read-only drive: no cache
         write_atomic(cache, dict(key=key, data=vars(data)))
     return data
@@ -1492,21 +1443,12 @@ def _read_images(train, test, classes, size, cache) -> Data:
 def _fingerprint(samples):
     """Checksum of the paths, labels, sizes and times (a change within a second counts)."""
     rows = []
+    remedy = "restore it, remove its link, or unpack the data again"
     for path, label in samples:
-        with blaming(
-            f"{path} is gone: restore it, remove its link, or unpack the data again", OSError
-        ):
+        with blaming(f"{path} is gone: {remedy}", OSError):
             about = os.stat(path)
         rows.append((path, label, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
     return zlib.crc32(repr(rows).encode())
-
-
-def _decode_all(samples, size):
-    """Images, uint8 [N,3,size,size], and labels of a list of (path, label)."""
-    paths, labels = zip(*samples)
-    with ThreadPoolExecutor() as pool:
-        images = list(pool.map(_decode, paths, itertools.repeat(size)))
-    return _to_nchw(np.stack(images)), torch.tensor(labels)
 
 
 def _decode(path, size):
@@ -1527,41 +1469,39 @@ def _decode(path, size):
     return np.asarray(square)
 
 
-def make_synthetic(train_per_class=160, test_per_class=25, classes=10, size=32) -> Data:
-    """Images made on the spot that behave like photographs under attack, the same on every machine.
+def make_synthetic(train_per_class=160, test_per_class=25, size=32) -> Data:
+    """Ten classes of images that behave like photographs under attack, the same on every machine.
     Each class has a coarse grating of its own wavelength and orientation, strong enough to survive
     eps 8/255 but overlaid by those of other classes, and a fine one so faint that an attack can
     wipe it out, yet enough for a naturally trained network to decide by. Phases are random, so that
     a crop changes nothing."""
     rng = np.random.default_rng(2025)
     yy, xx = np.mgrid[0:size, 0:size].astype(np.float32)
-    c = np.arange(classes)
+    c = np.arange(10)[:, None, None]  # the classes; [N,1,1] broadcasts over the pixels
     angles = np.pi * (c % 5 + 0.5) / 10  # within a quadrant: a flip must not change the class
     coarse = np.where(c < 5, 14.0, 7.5)  # wavelengths in pixels
     fine = np.where(c < 5, 3.0, 2.4)
-    tint = np.abs(rng.normal(size=(classes, 3, 1, 1))).clip(0.3)
+    tint = np.abs(rng.normal(size=(10, 3, 1, 1))).clip(0.3)
     tint /= tint.mean(1, keepdims=True)
 
     def gratings(labels, wavelengths, angles):  # [N,1,size,size] in [-1,1]
-        angle = angles[labels][:, None, None]
-        wave_number = (2 * np.pi / wavelengths[labels])[:, None, None]
         phase = rng.uniform(0, 2 * np.pi, (len(labels), 1, 1))
-        along = xx * np.cos(angle) + yy * np.sin(angle)
-        return np.sin(wave_number * along + phase)[:, None]
+        along = xx * np.cos(angles[labels]) + yy * np.sin(angles[labels])
+        return np.sin(2 * np.pi / wavelengths[labels] * along + phase)[:, None]
 
     def draw(per_class):  # images uint8 [N,3,size,size], labels
-        labels = np.repeat(c, per_class)
+        labels = np.repeat(np.arange(10), per_class)
         images = 0.5 + 0.13 * gratings(labels, coarse, angles) * tint[labels]
         for _ in range(2):
-            other = rng.integers(0, classes, len(labels))
+            other = rng.integers(0, 10, len(labels))
             strength = rng.uniform(0, 0.13, (len(labels), 1, 1, 1))
-            images = images + strength * gratings(other, coarse, angles) * tint[other]
-        images = images + 5 / 255 * gratings(labels, fine, angles[::-1])
-        images = images + rng.normal(0, 0.06, images.shape)
+            images += strength * gratings(other, coarse, angles) * tint[other]
+        images += 5 / 255 * gratings(labels, fine, angles[::-1])
+        images += rng.normal(0, 0.06, images.shape)
         pixels = np.rint(images.clip(0, 1) * 255).astype(np.uint8)
         return torch.from_numpy(pixels), torch.from_numpy(labels)
 
-    names = [f"grating {i}" for i in range(classes)]
+    names = [f"grating {i}" for i in range(10)]
     return Data(*draw(train_per_class), *draw(test_per_class), names)
 
 
@@ -1682,11 +1622,13 @@ class Net(nn.Sequential):
         return (logits, features) if with_features else logits
 
 
+HEADS = {"linear": nn.Linear, "cosine": CosineHead}
 # block, blocks of each stage, channels of the stem and of each stage, names of the stages
 # fmt: off
+SHAPE18 = (2, 2, 2, 2), (64, 64, 128, 256, 512), "layer{}"
 ARCHS = {
-    "resnet18":       (BasicBlock, (2, 2, 2, 2), (64, 64, 128, 256, 512), "layer{}"),
-    "preactresnet18": (PreActBlock, (2, 2, 2, 2), (64, 64, 128, 256, 512), "layer{}"),
+    "resnet18":       (BasicBlock, *SHAPE18),
+    "preactresnet18": (PreActBlock, *SHAPE18),
     "wrn34-10":       (WideBlock, (5, 5, 5), (16, 160, 320, 640), "block{}"),
     "resnet8":        (BasicBlock, (1, 1, 1), (16, 16, 32, 64), "layer{}"),
 }
@@ -1698,7 +1640,7 @@ def build_model(arch, num_classes, head="linear", mean=None, std=None) -> nn.Mod
     'cosine' (RoBal); mean, std: three floats each, with which the Net normalises its input first,
     or None. Draws from torch's global generator: seed it, or wrap the call in
     torch.random.fork_rng. ValueError for an unknown name."""
-    if arch not in ARCHS or head not in ("linear", "cosine") or num_classes < 2:
+    if arch not in ARCHS or head not in HEADS or num_classes < 2:
         given = f"arch {arch!r}, head {head!r}, {num_classes} classes"
         raise ValueError(f"{given}: want one of {', '.join(ARCHS)}, linear or cosine, 2 or more")
     block, blocks, widths, stage_name = ARCHS[arch]
@@ -1722,8 +1664,7 @@ def build_model(arch, num_classes, head="linear", mean=None, std=None) -> nn.Mod
     if block is not BasicBlock:
         net.add_module("bn1" if wide else "bn", nn.BatchNorm2d(width))
         net.relu = nn.ReLU()
-    classifier = nn.Linear if head == "linear" else CosineHead
-    net.add_module("fc" if wide else "linear", classifier(width, num_classes))
+    net.add_module("fc" if wide else "linear", HEADS[head](width, num_classes))
     if wide:
         net.apply(_initialise_as_published)
     return net.to(memory_format=torch.channels_last)
@@ -1744,10 +1685,7 @@ def weights_of(model):
 
 def weights_crc32(model):
     """Checksum of all weights and statistics: the same for the same network, whatever its file."""
-    checksum = 0
-    for tensor in weights_of(model).values():
-        checksum = zlib.crc32(tensor.contiguous().numpy().tobytes(), checksum)
-    return f"{checksum:08x}"
+    return _crc32(weights_of(model).values())
 
 
 def _numpy_types():
@@ -1789,17 +1727,17 @@ def load_weights(model, path, classes=None):
     weights = about
     for key in ("net", "model", "state_dict"):
         weights = about.get(key, weights)
-    is_dict = isinstance(weights, dict) and len(weights) > 0
-    if not is_dict or not all(map(torch.is_tensor, weights.values())):
+    filled = isinstance(weights, dict) and weights != {}
+    if not filled or not all(map(torch.is_tensor, weights.values())):
         wanted = "want one, bare or under 'state_dict', 'model' or 'net'"
         raise UserError(f"{path} holds no state_dict: {wanted}")
     own = {}
     for name, tensor in weights.items():
         name = str(name).replace("module.", "").replace("_orig_mod.", "")
-        if not name.startswith("sub_block1"):
-            own[name] = tensor
         if not tensor.isfinite().all():
             raise UserError(f"{path} holds NaN or infinite weights, of a training that diverged")
+        if not name.startswith("sub_block1"):
+            own[name] = tensor
     try:
         model.load_state_dict(own)
     except RuntimeError as error:
@@ -2583,7 +2521,7 @@ def evaluate_checkpoint(cfg, data, path, name, file, log):
         record |= scores
         record["evaluated_on"] = environment(cfg)
         if cfg.checkpoint and record.get("clean", 100) <= 150 / len(data.classes):
-            causes = "normalised images (--mean, --std), another order of the classes"
+            causes = "normalised images (--mean, --std), another --image-size or order of classes"
             log(f"{name} is near chance: was it trained on {causes}?")
     same = threat_of(cfg) | {"checkpoint": name}
     kept = [other for other in records if not same.items() <= other.items()]
@@ -2723,6 +2661,8 @@ def read_run(path, cfg) -> Setting:
     """A folder's evaluations under the evaluation settings of cfg; UserError where there are
     none."""
     remedy = "evaluate it with --stage eval, or name runs as in --stage report 'runs/*'"
+    if not (path / "results.json").exists():
+        raise UserError(f"{path} holds no evaluation: {remedy}")
     damaged = (KeyError, TypeError, ValueError, AttributeError)
     with blaming(f"{path} holds no such evaluation: {remedy}", damaged):
         config = read_json(path / "config.json")
@@ -2736,7 +2676,7 @@ def read_run(path, cfg) -> Setting:
         records = read_json(path / "results.json")["evaluations"]
         records = [record for record in records if wanted.items() <= record.items()]
         if not records:
-            raise ValueError("none under this threat")
+            raise ValueError(f"none with {wanted}")
         return Setting(own, config["identity"], records)
 
 
@@ -2782,7 +2722,10 @@ def setting_rows(setting, checkpoint, columns):
     """The table's rows for a checkpoint of a Setting: ours, the paper's, the gap."""
     epochs = sorted(map(str, set(setting.values("epoch", checkpoint))))
     seeds = ",".join(map(str, setting.seeds))
-    ours = [f"{setting.label()} seed {seeds}", f"{checkpoint} (epoch {', '.join(epochs)})"]
+    name = f"{setting.label()} seed {seeds}"
+    if checkpoint not in CHECKPOINTS:  # of --checkpoint, whose training is not known
+        name = f"{setting.cfg.data} {setting.cfg.arch}"
+    ours = [name, f"{checkpoint} (epoch {', '.join(epochs)})"]
     theirs = ["", "paper"]
     gaps = ["", "gap"]
     paper = paper_row(setting.cfg, checkpoint)
@@ -2834,7 +2777,7 @@ def report(paths, cfg, folder):
         except UserError as error:
             notes.append(f"Left out: {error}.")
     if not runs:
-        raise UserError(" ".join(notes))
+        raise UserError(" ".join(notes) or "name runs, as in --stage report 'runs/*'")
     settings = by_setting(runs)
     text = "\n\n".join([table(settings), *notes])
     say(f"\n{text}\n")
@@ -2974,52 +2917,64 @@ def theorem1(n, eta, eps, r) -> dict:
     nat_rob, rob_std, rob_rob in [0, 1] (training, then std for clean and rob for attacked points),
     and the biases b_nat, b_rob (eq. 11, 16), which belong to w = (1, ..., 1) / sqrt(n). ValueError
     outside these ranges."""
-    if n != int(n) or n < 1 or not 1 <= r < math.inf or not 0 <= eps < eta < math.inf:
+    possible = n == int(n) and n >= 1 and 1 <= r < math.inf
+    if not possible or not 0 <= eps < eta < math.inf:
         given = f"n {n}, eta {eta}, eps {eps}, r {r}"
         raise ValueError(f"{given}: want whole n >= 1, 0 <= eps < eta and finite r >= 1")
     clean = math.sqrt(n) * eta
     attacked = math.sqrt(n) * (eta - eps)
-    result = dict(b_nat=math.log(r) / (2 * clean), b_rob=math.log(r) / (2 * attacked))
-    for training in ("nat", "rob"):
-        for points, margin in (("std", clean), ("rob", attacked)):
-            bias = result[f"b_{training}"]
-            result[f"{training}_{points}"] = 0.5 * math.erfc((margin - bias) / math.sqrt(2))
-    return result
+    b_nat = math.log(r) / (2 * clean)
+    b_rob = math.log(r) / (2 * attacked)
+    return dict(
+        b_nat=b_nat,
+        b_rob=b_rob,
+        nat_std=_normal_tail(clean - b_nat),
+        nat_rob=_normal_tail(attacked - b_nat),
+        rob_std=_normal_tail(clean - b_rob),
+        rob_rob=_normal_tail(attacked - b_rob),
+    )
 
 
-def theory(n=2, eta=1.0, eps=0.5, ratios=(1, 2, 5, 10, 20, 50)) -> str:
+def _normal_tail(x):
+    """1 - Phi(x)"""
+    return 0.5 * math.erfc(x / math.sqrt(2))
+
+
+# The example of the table and the figure is n = 2, eta = 1, eps = 0.5.
+TRAININGS = {"nat": "natural training", "rob": "adversarial training"}
+
+
+def theory() -> str:
     """Section 3 and appendix A as Markdown: tail errors in closed form by imbalance ratio;
-    adversarial training leaves an attacked tail worse (Corollary 1). ValueError as in
-    `theorem1`."""
+    adversarial training leaves an attacked tail worse (Corollary 1)."""
     rows = [["IR", "training", "bias", "clean", "attacked"]]
-    for r in ratios:
-        result = theorem1(n, eta, eps, r)
-        for key, name in (("nat", "natural training"), ("rob", "adversarial training")):
-            errors = [f"{100 * result[f'{key}_{points}']:.2f}" for points in ("std", "rob")]
-            rows.append([f"{r:g}", name, f"{result[f'b_{key}']:.4f}", *errors])
-    setting = f"n {n}, eta {eta:g}, eps {eps:g}"
-    about = f"Tail errors of eq. (2) in %, bias at |w| = 1, in closed form: {setting}."
+    for r in (1, 2, 5, 10, 20, 50):
+        result = theorem1(2, 1.0, 0.5, r)
+        for key, name in TRAININGS.items():
+            bias = f"{result['b_' + key]:.4f}"
+            clean = f"{100 * result[key + '_std']:.2f}"
+            attacked = f"{100 * result[key + '_rob']:.2f}"
+            rows.append([str(r), name, bias, clean, attacked])
+    about = "Tail errors of eq. (2) in %, bias at |w| = 1, in closed form: n 2, eta 1, eps 0.5."
     return "\n".join([about, "", *markdown(rows)])
 
 
-def draw_boundaries(ax, r, eta=1.0, eps=0.5):
-    """500 points of eq. (2) for n = 2 and the optimal boundaries x1 + x2 = -sqrt(2) b."""
-    generator = torch.Generator().manual_seed(int(r))
-    y = 2 * (torch.rand(500, generator=generator) < r / (r + 1)) - 1
-    x = torch.randn(500, 2, generator=generator) + eta * y[:, None]
-    ax.scatter(*x[y == 1].T.numpy(), marker=".", color="0.6", label="head, y = +1")
-    ax.scatter(*x[y == -1].T.numpy(), marker="x", color="0.6", label="tail, y = -1")
-    biases = theorem1(2, eta, eps, r)
-    for key, color, dash, name in (
-        ("b_nat", "#0072B2", "-", "natural training"),
-        ("b_rob", "#D55E00", "--", "adversarial training"),
-    ):
-        at = (0, -math.sqrt(2) * biases[key])
-        ax.axline(at, slope=-1, color=color, ls=dash, lw=3, label=name)
-    limits = (-4, 4)
-    ax.set(
-        title=f"IR {r}", xlabel="$x_1$", ylabel="$x_2$", xlim=limits, ylim=limits, aspect="equal"
-    )
+def draw_boundaries(ax, r):
+    """500 points of eq. (2), each class with its share, and the optimal boundaries x1 + x2 =
+    -sqrt(2) b."""
+    generator = torch.Generator().manual_seed(r)
+    x = torch.randn(500, 2, generator=generator)
+    heads = round(500 * r / (r + 1))
+    x[:heads] += 1
+    x[heads:] -= 1
+    ax.plot(*x[:heads].T, ".", color="0.6", label="head, y = +1")
+    ax.plot(*x[heads:].T, "x", color="0.6", label="tail, y = -1")
+    result = theorem1(2, 1.0, 0.5, r)
+    for key, color, dash in (("nat", "#0072B2", "-"), ("rob", "#D55E00", "--")):
+        at = (0, -math.sqrt(2) * result[f"b_{key}"])
+        ax.axline(at, slope=-1, color=color, ls=dash, lw=3, label=TRAININGS[key])
+    ax.set(title=f"IR {r}", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
+    ax.axis([-4, 4, -4, 4])
 
 
 def theory_figures(folder):
@@ -3187,7 +3142,7 @@ def _read(f, text):
     wrong."""
     choices = choices_of(f)
     low = f.metadata["low"]
-    wanted = f"{f.type.__name__} from {low:g}"
+    wanted = f"{f.metadata['help']}: {f.type.__name__} from {low:g}"
     if f.type is str:
         wanted = ", ".join(choices) or f.metadata["help"]
     parts = [text]
@@ -3286,8 +3241,7 @@ def resolve(cfg) -> Config:
     """Fill every None of a Config with its default and 'auto' with what this machine has, and set
     to None what the run does not use; UserError for what this machine has not."""
     row = METHODS[cfg.method]
-    size, own_defaults = DATASETS[cfg.data]
-    values = COMMON | dict(image_size=size) | own_defaults
+    values = COMMON | DATASETS[cfg.data]
     if cfg.official:
         values |= row.official
     values |= {key: value for key, value in vars(cfg).items() if value is not None}
@@ -3466,9 +3420,8 @@ def run_folders(patterns) -> list:
     """Folders that names and globs stand for; a teacher's own run is shown in those that use it."""
     folders = []
     for pattern in patterns:
-        found = map(pathlib.Path, sorted(glob.glob(os.path.join(pattern, ""))))
-        shown = [path for path in found if "-teacher-" not in path.name]
-        folders += shown or [pathlib.Path(pattern)]
+        found = sorted(glob.glob(os.path.join(pattern, ""))) or [pattern]
+        folders += [path for path in map(pathlib.Path, found) if "-teacher-" not in path.name]
     return folders
 
 
@@ -3489,7 +3442,7 @@ def run_stages(configs):
         stage_bench(cfg)
     elif cfg.runs:
         folders = run_folders(cfg.runs)
-        report(folders, cfg, folders[0].parent)
+        report(folders, cfg, pathlib.Path(cfg.runs[0]).parent)
     else:
         if cfg.stage != "report":
             for one in configs:
