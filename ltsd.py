@@ -85,8 +85,8 @@ class UserError(ValueError):
 def first_line(error):
     """What an error says, without its further lines and a terminal's escape codes."""
     reason = getattr(error, "strerror", None) or str(error)
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", reason).strip().splitlines()
-    return lines[0][:80] if lines else "no reason given"
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", reason).strip()
+    return plain.partition("\n")[0][:80] or "no reason given"
 
 
 @contextlib.contextmanager
@@ -596,54 +596,40 @@ if triton:
 STEP_BLOCK = 1024  # 4 warps of 32 threads take 8 values each: two 16-byte float32 loads, one 16-bit
 
 
-def _check_step(x, x_adv, grad, out_low):
+def _check_step(x, **others):
     """ValueError unless all share shape, device and a layout without gaps, in types pgd_step takes:
     the kernel walks memory, so that another layout would silently pair the wrong pixels."""
-    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    wanted = (x.shape, x.stride(), x.device)
-    for name, tensor in dict(x=x, x_adv=x_adv, grad=grad, out_low=out_low).items():
-        exact = name in ("x", "x_adv")
-        dtypes = (torch.float32,) if exact else tuple(AMP_DTYPE.values())
-        fits = (tensor.shape, tensor.stride(), tensor.device) == wanted and tensor.dtype in dtypes
-        if not fits or not (x.is_contiguous() or channels_last):
-            said = f"{tensor.dtype} {list(tensor.shape)} {tensor.stride()} {tensor.device}"
-            want = f"float32 {list(x.shape)} {x.stride()} {x.device} without gaps"
-            raise ValueError(f"{name} is {said}: want {want} (grad, out_low: or bf16, fp16)")
+    strides = torch.empty_like(x, device="meta").stride()  # x's own, unless x has gaps
+    want = f"{list(x.shape)} {strides} {x.device}"
+    for name, tensor in dict(x=x, **others).items():
+        got = f"{list(tensor.shape)} {tensor.stride()} {tensor.device}"
+        may_be_low = name in ("grad", "out_low") and tensor.dtype in AMP_DTYPE.values()
+        if got != want or not (may_be_low or tensor.dtype == torch.float32):
+            remedy = f"want float32 {want} (grad, out_low: or bf16, fp16)"
+            raise ValueError(f"{name} is {tensor.dtype} {got}: {remedy}")
 
 
 def pgd_step(x_adv, grad, x, step_size, eps, out_low=None) -> torch.Tensor:
     """One L-inf PGD step in place on x_adv; also writes the copy that the next low-precision
     forward reads. x_adv, x: float32; grad: float32, bfloat16 or float16; out_low: None or one of
-    those types; all of one shape, device and memory layout (contiguous or channels_last), of any
-    size. A fused Triton kernel on CUDA, and on any device when TRITON_INTERPRET=1; else the
-    reference. Returns x_adv. ValueError on a mismatch."""
-    _check_step(x, x_adv, grad, grad if out_low is None else out_low)
+    those types; all of one shape, device and memory layout without gaps, of any size. A fused
+    Triton kernel on CUDA, and on any device when TRITON_INTERPRET=1; else the reference. Returns
+    x_adv. ValueError on a mismatch."""
+    low = x_adv if out_low is None else out_low
+    _check_step(x, x_adv=x_adv, grad=grad, out_low=low)
     if triton and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         n = x.numel()
-        low = x_adv if out_low is None else out_low
-        if n > 0:
-            with torch.cuda.device_of(x):
-                kernel = _pgd_step_kernel[(triton.cdiv(n, STEP_BLOCK),)]
-                kernel(x_adv, grad, x, low, n, step_size, eps, out_low is not None, STEP_BLOCK)
-        return x_adv
-    with torch.no_grad():
-        x_adv.copy_(pgd_step_reference(x_adv, grad, x, step_size, eps))
-        if out_low is not None:
-            out_low.copy_(x_adv)
+        with torch.cuda.device_of(x):
+            kernel = _pgd_step_kernel[(triton.cdiv(n, STEP_BLOCK),)]
+            kernel(x_adv, grad, x, low, n, step_size, eps, low is not x_adv, STEP_BLOCK)
+    else:
+        with torch.no_grad():
+            x_adv.copy_(pgd_step_reference(x_adv, grad, x, step_size, eps))
+            low.copy_(x_adv)
     return x_adv
 
 
-def foldable_pairs(model):
-    """[(name of a convolution, name of the batch norm of its output alone)], from `folds`."""
-    modules = dict(model.named_modules())
-    pairs = []
-    for name, module in modules.items():
-        for conv, norm in getattr(module, "folds", ()):
-            conv = f"{name}.{conv}".lstrip(".")
-            norm = f"{name}.{norm}".lstrip(".")
-            if norm in modules:  # a shortcut may be empty
-                pairs.append((conv, norm))
-    return pairs
+BATCH_NORM_EPS = 1e-5  # PyTorch's, which all our networks have
 
 
 class FrozenCopy(nn.Module):
@@ -661,52 +647,50 @@ class FrozenCopy(nn.Module):
         self.compiled = self.net
         self.compiled_sizes = ()
         self.graphs = None
-        self.overflows = torch.zeros((), device=next(model.parameters()).device)
-        pairs = foldable_pairs(model)
-        self.convs = [model.get_submodule(conv) for conv, _ in pairs]
-        self.norms = [model.get_submodule(norm) for _, norm in pairs]
-        copies = [self.net.get_submodule(conv) for conv, _ in pairs]
-        for conv in copies:
-            bias = conv.weight.new_zeros(conv.out_channels)
-            conv.bias = nn.Parameter(bias, requires_grad=False)
-        for _, norm in pairs:
+        self.overflows = next(model.parameters()).new_zeros(())
+        self.source = model.state_dict(keep_vars=True)
+        self.folded = []  # (name of a convolution, name of the batch norm of its output alone)
+        for name, module in model.named_modules():
+            prefix = f"{name}.".lstrip(".")
+            for conv, norm in getattr(module, "folds", ()):
+                if f"{prefix}{norm}.weight" in self.source:  # a shortcut may be empty
+                    self.folded.append((prefix + conv, prefix + norm))
+        for conv, norm in self.folded:
+            self.net.get_submodule(conv).bias = self.net.get_submodule(norm).bias
             self.net.set_submodule(norm, nn.Identity())
         for module in self.net.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(dtype)
-        # what `refresh` reads, and where it goes
-        folded = set(itertools.chain(*pairs))
-        copied = self.net.state_dict(keep_vars=True)
-        self.rest = []
-        self.targets = [conv.weight for conv in copies] + [conv.bias for conv in copies]
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if name.rpartition(".")[0] not in folded:
-                self.rest.append(tensor)
-                self.targets.append(copied[name])
+        self.targets = self.net.state_dict(keep_vars=True)
         self.refresh()
 
     @torch.no_grad()
     def refresh(self):
         """Take over the source's present weights and running statistics: w' = w s, b' = beta - mean
         s, with s = weight / sqrt(var + eps), for all layers in a few multi-tensor operations."""
-        norms = self.norms
-        variances = torch._foreach_add([n.running_var for n in norms], [n.eps for n in norms])
-        scales = torch._foreach_div([n.weight for n in norms], torch._foreach_sqrt(variances))
-        means = torch._foreach_mul([n.running_mean for n in norms], scales)
-        shifts = torch._foreach_sub([n.bias for n in norms], means)
-        weights = [conv.weight * s.view(-1, 1, 1, 1) for conv, s in zip(self.convs, scales)]
-        sources = weights + list(shifts) + self.rest
-        for dtype in {target.dtype for target in self.targets}:  # a mixed list would be slow
-            chosen = [i for i, target in enumerate(self.targets) if target.dtype == dtype]
-            targets = [self.targets[i] for i in chosen]
-            torch._foreach_copy_(targets, [sources[i] for i in chosen])
+
+        def of_norms(kind):
+            return [self.source[f"{norm}.{kind}"] for _, norm in self.folded]
+
+        variances = torch._foreach_add(of_norms("running_var"), BATCH_NORM_EPS)
+        scales = torch._foreach_div(of_norms("weight"), torch._foreach_sqrt(variances))
+        means = torch._foreach_mul(of_norms("running_mean"), scales)
+        shifts = torch._foreach_sub(of_norms("bias"), means)
+        values = dict(self.source)
+        for (conv, _), scale, shift in zip(self.folded, scales, shifts):
+            values[f"{conv}.weight"] = self.source[f"{conv}.weight"] * scale.view(-1, 1, 1, 1)
+            values[f"{conv}.bias"] = shift
+        for dtype in {target.dtype for target in self.targets.values()}:  # a mix would be slow
+            names = [name for name, target in self.targets.items() if target.dtype == dtype]
+            targets = [self.targets[name] for name in names]
+            torch._foreach_copy_(targets, [values[name] for name in names])
         return self
 
     def speed_up(self, *sizes):
         """Compile the forward for batches of these sizes; on CUDA also capture whole attacks."""
         self.compiled = torch.compile(self.net, dynamic=False)
         self.compiled_sizes = sizes
-        if self.targets[0].is_cuda:
+        if self.overflows.is_cuda:
             self.graphs = GraphCache(pixels_differ)
         return self
 
@@ -724,9 +708,8 @@ def capture_cuda_graph(function, inputs):
         with torch.cuda.stream(side):  # also sets the stream back where capturing fails
             for _ in range(3):
                 function(*inputs)
-            # NCCL's own thread may call CUDA meanwhile
-            mode = "thread_local" if WORLD > 1 else "global"
-            with torch.cuda.graph(graph, stream=side, capture_error_mode=mode):
+            # thread_local: NCCL's own thread may call CUDA meanwhile
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 result = function(*inputs)
         torch.cuda.current_stream().wait_stream(side)
     return graph.replay, result
@@ -753,32 +736,29 @@ class GraphCache:
         key = (key, *[tensor.shape for tensor in inputs])
         if key not in self.graphs:
             return self._first_call(key, function, inputs)
-        buffers, replay, result = self.graphs[key]
-        torch._foreach_copy_(buffers, inputs)
-        replay()
-        return result
+        return self.graphs[key](*inputs)
 
     def _first_call(self, key, function, inputs):
         updated = self.updates()
         before = [tensor.clone() for tensor in updated]
-        wanted = [tensor.clone() for tensor in function(*inputs)]
-        changes = torch._foreach_sub(updated, before) if before else []
         buffers = [tensor.roll(1, 0) if tensor.dim() else tensor / 2 for tensor in inputs]
-        self._restore(updated, before)
         replay, result = capture_cuda_graph(function, buffers)
-        self._restore(updated, before)
-        torch._foreach_copy_(buffers, inputs)
-        replay()
-        changed = torch._foreach_sub(updated, before) if before else []
-        if self.differ([*result, *changed], [*wanted, *changes]):
-            raise RuntimeError("a CUDA graph differs from what it was captured from")
-        self.graphs[key] = (buffers, replay, result)
-        return result
 
-    @staticmethod
-    def _restore(updated, before):
-        for tensor, value in zip(updated, before):
-            tensor.copy_(value)
+        def replayed(*inputs):
+            torch._foreach_copy_(buffers, inputs)
+            replay()
+            return result
+
+        outcomes = []
+        for run in (function, replayed):
+            for tensor, value in zip(updated, before):
+                tensor.copy_(value)
+            outcome = [tensor.clone() for tensor in run(*inputs)]
+            outcomes.append(outcome + [new - old for new, old in zip(updated, before)])
+        if self.differ(outcomes[1], outcomes[0]):
+            raise RuntimeError("a CUDA graph differs from what it was captured from")
+        self.graphs[key] = replayed
+        return result
 
 
 @contextlib.contextmanager
@@ -797,15 +777,15 @@ def check_images(x, y, dtypes=(torch.float32,)):
     also under torch.inference_mode."""
     if torch.is_inference_mode_enabled():
         raise ValueError("attacks need gradients: call them outside torch.inference_mode()")
-    given = [type(x), type(y)]
+    given = f"{type(x)}, {type(y)}"
     fits = torch.is_tensor(x) and torch.is_tensor(y)
     if fits:
-        given = [x.dtype, list(x.shape), y.dtype, list(y.shape), f"on {x.device}, {y.device}"]
-        fits = x.ndim == 4 and x.dtype in dtypes and y.shape == x.shape[:1]
-        fits = fits and y.dtype == torch.int64 and y.device == x.device
+        given = f"{x.dtype}, {list(x.shape)}, {y.dtype}, {list(y.shape)}, {x.device}, {y.device}"
+        labels = (y.dtype, y.shape, y.device)
+        fits = x.ndim == 4 and x.dtype in dtypes and labels == (torch.int64, x.shape[:1], x.device)
     if not fits:
         raise ValueError(f"want images {dtypes[0]} [N,C,H,W] and labels int64 [N]; got {given}")
-    if x.is_floating_point() and x.numel() and not (x.min() >= 0 and x.max() <= 1):  # or NaN
+    if x.is_floating_point() and not ((x >= 0) & (x <= 1)).all():  # or NaN
         span = f"[{x.min():g}, {x.max():g}]"
         raise ValueError(f"x spans {span}: images must lie in [0,1]; divide by 255?")
 
@@ -817,7 +797,7 @@ def attack_start(x, init, eps, generator):
         noise.uniform_(-eps, eps, generator=generator)
     elif init == "gauss":
         noise.normal_(0, 1e-3, generator=generator)
-    return pgd_step_reference(x + noise, torch.zeros_like(x), x, 0.0, eps)
+    return pgd_step_reference(x + noise, noise, x, 0.0, eps)  # no step, only the clipping
 
 
 def pgd_attack(
@@ -835,27 +815,29 @@ def pgd_attack(
     if not radii_fit or init not in ("uniform", "gauss", "none"):
         given = f"eps {eps}, step_size {step_size}, steps {steps}, init {init!r}"
         raise ValueError(f"{given}: want [0,1] (divide by 255?), init uniform, gauss or none")
+    net = model
+    if not isinstance(model, FrozenCopy):  # the training loop's is neither checked nor protected
+        check_images(x, y)
+        net = FrozenCopy(model) if isinstance(model, Net) else ForeignNet(model)
+        x = x.clone(memory_format=torch.contiguous_format)  # a view with gaps becomes dense
+        y = y.clone()  # it may come from inference mode
+    x = x.detach()
+    inputs = [x, y, attack_start(x, init, eps, generator)]
+    if aux is not None:
+        inputs.append(aux)
     settings = (objective or cross_entropy_objective, eps, step_size, steps)
-    extra = [] if aux is None else [aux]
-    if isinstance(model, FrozenCopy):  # the training loop's way in: nothing to check or protect
-        x = x.detach()
-        ascend = functools.partial(_ascend, model, *settings)
-        inputs = [x, y, attack_start(x, init, eps, generator), *extra]
-        if model.graphs is not None and len(x) in model.compiled_sizes:
-            return model.graphs.call(settings, ascend, inputs)[0]
+    ascend = functools.partial(_ascend, net, *settings)
+    if net.graphs is not None and len(x) in net.compiled_sizes:
+        return net.graphs.call(settings, ascend, inputs)[0]
+    with eval_mode(net):
         return ascend(*inputs)[0]
-    check_images(x, y)
-    forward = FrozenCopy(model) if isinstance(model, Net) else ForeignNet(model)
-    x = x.detach().clone(memory_format=torch.contiguous_format)  # a view with gaps becomes dense
-    y = y.clone()  # it may come from inference mode
-    start = attack_start(x, init, eps, generator)
-    with eval_mode(forward):
-        return _ascend(forward, *settings, x, y, start, *extra)[0]
 
 
 class ForeignNet(nn.Module):
     """A module that is not ours as images -> logits, on copies of the images. ValueError for what
     is no module and for what returns something else."""
+
+    graphs = None
 
     def __init__(self, model):
         super().__init__()
@@ -886,10 +868,9 @@ def _ascend(forward, objective, eps, step_size, steps, x, y, start, aux=None):
     dtype = getattr(forward, "dtype", torch.float32)
     scale = gradient_scale(forward, len(x))
     x_adv = start.clone()
-    low = None if dtype == torch.float32 else x_adv.to(dtype)
+    low = x_adv.to(dtype)  # x_adv itself where that is float32
     for _ in range(steps):
-        seen = x_adv if low is None else low
-        leaf = seen.detach().requires_grad_()
+        leaf = low.detach().requires_grad_()
         with torch.enable_grad():
             value = objective(forward(leaf), y, aux) * scale
         (grad,) = torch.autograd.grad(value, leaf)
@@ -930,17 +911,18 @@ class Trainer:
     it is: what is saved has no trace of the compiler."""
 
     def __init__(self, cfg, model, counts, teachers=(None, None)):
+        """teachers: (fast, exact), images -> logits, by copies that need no gradients."""
         self.cfg = cfg
         self.model = model
         self.row = METHODS[cfg.method]
         self.counts = torch.tensor(counts, dtype=torch.float32, device=cfg.device)
         self.whole_batch = cfg.batch_size // WORLD
-        fast_teacher, exact_teacher = teachers  # images -> logits
+        fast_teacher, exact_teacher = teachers
         self.teacher = exact_teacher if cfg.amp == "off" else fast_teacher
         dtype = AMP_DTYPE[cfg.amp] if self.row.low_precision else torch.float32
         self.frozen = FrozenCopy(model, dtype)
-        options = dict(weight_decay=cfg.weight_decay, fused=self.counts.is_cuda)
-        self.optimizer = torch.optim.SGD(model.parameters(), cfg.lr, cfg.momentum, **options)
+        options = dict(momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+        self.optimizer = torch.optim.SGD(model.parameters(), **options)
         self.compiled = model
         self.graphs = None
         if cfg.compile != "off":
@@ -956,10 +938,10 @@ class Trainer:
     def updated_tensors(self):
         """What an optimiser's step changes in place."""
         momentum = [state["momentum_buffer"] for state in self.optimizer.state.values()]
-        return [*self.model.state_dict().values(), *momentum]
+        return list(self.model.state_dict().values()) + momentum
 
     def steps_differ(self, got, wanted):
-        """Whether two steps' losses, or changes of the weights, differ by more than rounding."""
+        """Whether two steps' losses, or what they change, differ by more than rounding."""
         limit = 2**-6 if self.cfg.amp == "bf16" else 1e-4
         for part in (slice(0, 1), slice(2, None)):  # what is between them are the logits
             ours = torch.cat([t.flatten() for t in got[part] if t.is_floating_point()])
@@ -974,20 +956,15 @@ class Trainer:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.amp == "bf16"):
             return network(x, **options)
 
-    def teacher_logits(self, x):
-        with torch.no_grad():
-            return self.teacher(x)
-
     def attack(self, x, y, predicted, generator):
         """The training attack's x'. predicted: how often each class was predicted, for REAT."""
         self.frozen.refresh()
         if self.row.objective is None:
             return x
-        with torch.no_grad():
-            aux = self.row.aux(self.frozen, x, self.counts, predicted)
-        threat = dict(eps=self.cfg.eps / 255, step_size=self.cfg.step_size / 255)
-        threat |= dict(steps=self.cfg.steps, init=self.row.init, objective=self.row.objective)
-        return pgd_attack(self.frozen, x, y, aux=aux, generator=generator, **threat)
+        options = dict(eps=self.cfg.eps / 255, step_size=self.cfg.step_size / 255)
+        options |= dict(steps=self.cfg.steps, init=self.row.init, objective=self.row.objective)
+        aux = self.row.aux(self.frozen, x, self.counts, predicted)
+        return pgd_attack(self.frozen, x, y, aux=aux, generator=generator, **options)
 
     def step(self, x, x_adv, y, alpha, lr):
         """The optimiser's step at x' -> (loss, logits at x')."""
@@ -998,10 +975,10 @@ class Trainer:
         return self.graphs.call("step", self._eager_step, [x, x_adv, y, alpha, lr])
 
     def _eager_step(self, x, x_adv, y, alpha, lr):
-        fused = x.is_cuda  # a saved state may be another device's
-        self.optimizer.param_groups[0].update(lr=lr, fused=fused)
-        teacher = self.teacher_logits
-        batch = Batch(self.student, x, x_adv, y, self.counts, self.cfg, alpha, teacher)
+        settings = self.optimizer.param_groups[0]
+        settings["lr"] = lr
+        settings["fused"] = x.is_cuda  # a saved state may be another device's
+        batch = Batch(self.student, x, x_adv, y, self.counts, self.cfg, alpha, self.teacher)
         return outer_step(self.row, batch, self.model, self.optimizer)
 
     def state(self):
@@ -1011,10 +988,6 @@ class Trainer:
     def load(self, state):
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-
-    def uses_float16(self):
-        """Whether one of the copies may overflow."""
-        return torch.float16 in (self.frozen.dtype, getattr(self.teacher, "dtype", None))
 
 
 def plainer(cfg, error, log) -> Config:
@@ -1027,8 +1000,8 @@ def plainer(cfg, error, log) -> Config:
     if cfg.compile == "off" or isinstance(error, (UserError, torch.OutOfMemoryError)):
         raise error
     reason = f"{type(error).__name__}: {first_line(error)}"
-    if cfg.compile == "on":
-        raise UserError(f"--compile on does not work here ({reason})") from error
+    if cfg.compile == "on" or WORLD > 1:  # one rank alone cannot begin again
+        raise UserError(f"compiling fails here, try --compile off ({reason})") from error
     log(f"again, uncompiled from here on ({reason})")
     return replace(cfg, compile="off")
 
@@ -1039,16 +1012,14 @@ def train(cfg, data, path, log, teachers=(None, None)):
     data: Data on the training device; path: the run's folder; log: called with a line of text;
     teachers: (fast, exact), images -> logits. Writes state.pt as it goes, a student's best.pt when
     it is found, and last.pt at the end. Every epoch draws from generators of its own, so that a run
-    that goes on needs no state of a generator. UserError when the loss is no longer finite; what
-    was saved stays.
+    that goes on needs no state of a generator. UserError when the loss is no longer finite.
 
     Under torchrun the ranks share batches as DistributedSampler would: equal shares, the last batch
-    filled up from the epoch's first images. Batch statistics, and terms that pair the images of a
-    batch (REAT's), are a share's own."""
-    row = METHODS[cfg.method]
+    filled up from the epoch's first images. Batch statistics and REAT's pairs are a share's own."""
+    head = METHODS[cfg.method].head
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(cfg.seed, cfg.role, "weights"))
-        model = build_model(cfg.arch, len(data.classes), row.head).to(cfg.device)
+        model = build_model(cfg.arch, len(data.classes), head).to(cfg.device)
     trainer = Trainer(cfg, model, data.counts, teachers)
     # what is true after the last complete epoch; predicted: how often each class was, at x'
     state = dict(epoch=0, seconds=0.0, best=-1.0, predicted=trainer.counts.double().cpu())
@@ -1062,30 +1033,34 @@ def train(cfg, data, path, log, teachers=(None, None)):
         began = time.perf_counter()
         lr = lr_at(epoch, cfg.epochs, cfg.lr, milestones)
         before = copy.deepcopy(trainer.state())
-        try:
-            result = train_epoch(trainer, data, epoch, lr, state["predicted"], log)
-        except Exception as error:
-            trainer = Trainer(plainer(trainer.cfg, error, log), model, data.counts, teachers)
-            trainer.load(before)
-            result = train_epoch(trainer, data, epoch, lr, state["predicted"], log)
+        result = None
+        while result is None:
+            try:
+                result = train_epoch(trainer, data, epoch, lr, state["predicted"], log)
+            except Exception as error:
+                trainer = Trainer(plainer(trainer.cfg, error, log), model, data.counts, teachers)
+                trainer.load(before)
         loss, accuracy, state["predicted"] = result
         state["seconds"] += time.perf_counter() - began
         state["epoch"] = epoch
         line = f"{cfg.role} {epoch:>4}/{cfg.epochs:<4} lr {lr:<7.2g} loss {loss:8.4f}"
         line += f"  train {accuracy:6.2f}  {state['seconds'] / epoch:7.1f} s/epoch"
-        better = False
         if cfg.role == "student" and (lr < cfg.lr or epoch == cfg.epochs):
             nets = nets or scoring_nets(model, trainer.cfg, data.counts)
-            scores = select(cfg, data, model, nets)
-            score = scores["pgd" if row.objective else "clean"]
-            better = score > state["best"]
+            try:
+                scores = select(cfg, data, model, nets)
+            except Exception as error:
+                nets = scoring_nets(model, plainer(trainer.cfg, error, log), data.counts)
+                scores = select(cfg, data, model, nets)
+            score = scores["pgd" if trainer.row.objective else "clean"]
             line += "  test " + "  ".join(f"{name} {scores[name]:6.2f}" for name in scores)
-            if better:
+            if score > state["best"]:
                 line += "  *"
                 state["best"] = score
                 save_model(path / "best.pt", cfg, data, model, epoch)
+                written = -math.inf  # state.pt knows of every best.pt
         log(line)
-        if better or time.perf_counter() - written > 30:
+        if time.perf_counter() - written > 30:
             write_atomic(path / "state.pt", state | trainer.state())
             written = time.perf_counter()
     save_model(path / "last.pt", cfg, data, model, cfg.epochs)
@@ -1097,41 +1072,43 @@ def train_epoch(trainer, data, epoch, lr, predicted_before, log):
     predicted there)."""
     cfg = trainer.cfg
     device = data.train_images.device
-    draws = torch.Generator().manual_seed(derive_seed(cfg.seed, cfg.role, epoch))
-    noise_seed = derive_seed(cfg.seed, cfg.role, epoch, "noise", RANK)
-    noise = torch.Generator(device).manual_seed(noise_seed)
+    draws = torch.Generator()
+    draws.manual_seed(derive_seed(cfg.seed, cfg.role, epoch))
+    noise = torch.Generator(device)
+    noise.manual_seed(derive_seed(cfg.seed, cfg.role, epoch, "noise", RANK))
     order = torch.randperm(len(data.train_labels), generator=draws)
     order = torch.cat([order, order[: -len(order) % WORLD]]).to(device)
     images = augment(data.train_images[order], cfg.aug, draws)
     labels = data.train_labels[order]
-    alpha = (cfg.alpha or 0.0) * epoch / cfg.epochs
+    alpha = (cfg.alpha or 0.0) * epoch / cfg.epochs  # IGDM's linear ramp
     predicted_before = predicted_before.to(device)
     predicted = torch.zeros_like(trainer.counts)
     sums = torch.zeros(2, device=device)  # of the loss and of the hits
-    steps = math.ceil(len(order) / cfg.batch_size)
-    for step in range(1, steps + 1):
-        share = slice((step - 1) * cfg.batch_size + RANK, step * cfg.batch_size, WORLD)
-        x = to_float(images[share])
-        y = labels[share]
+    batches = list(zip(images.split(cfg.batch_size), labels.split(cfg.batch_size)))
+    where = f"{cfg.role}, epoch {epoch}/{cfg.epochs}"
+    for step, (batch_images, batch_labels) in enumerate(batches, 1):
+        x = to_float(batch_images[RANK::WORLD])
+        y = batch_labels[RANK::WORLD]
         x_adv = trainer.attack(x, y, predicted_before, noise)
         loss, logits = trainer.step(x, x_adv, y, alpha, lr)
         guess = logits.argmax(1)
-        sums += torch.stack([loss * len(y), (guess == y).sum()])
-        predicted.index_add_(0, guess, torch.ones_like(guess, dtype=predicted.dtype))
+        correct = (guess == y).sum()
+        sums += torch.stack([loss * len(y), correct])
+        predicted += F.one_hot(guess, len(predicted)).sum(0)
         if step == 1:  # which also compiles
             began = time.perf_counter()
         elif step % 50 == 0 or step == 5:  # seldom: reading waits for the device
-            where = f"{cfg.role}, epoch {epoch}, up to step {step}"
             total, _ = read_sums(trainer, sums, where)
-            rate = (step - 1) * cfg.batch_size / (time.perf_counter() - began)
-            left = (steps - step + (cfg.epochs - epoch) * steps) * cfg.batch_size
-            time_left = timedelta(seconds=round(left / rate))
+            mean_loss = total / step / cfg.batch_size
+            seconds = (time.perf_counter() - began) / (step - 1)
+            left = len(batches) * (cfg.epochs - epoch + 1) - step
+            time_left = timedelta(seconds=round(left * seconds))
             if epoch == 1 and step == 5:
                 log(f"{cfg.role}: this training takes about {time_left} on this device")
-            text = f"{cfg.role} {epoch}/{cfg.epochs} loss {total / step / cfg.batch_size:.3f}"
-            show_progress(f"{text}  {rate:.0f} img/s  ETA {time_left}")
+            rate = cfg.batch_size / seconds
+            show_progress(f"{where}: loss {mean_loss:.3f}  {rate:.0f} img/s  ETA {time_left}")
     show_progress()
-    total, hits = read_sums(trainer, sums, f"{cfg.role}, epoch {epoch}")
+    total, hits = read_sums(trainer, sums, where)
     predicted = sum(gather(predicted.double().cpu()))
     return total / len(order), 100 * hits / len(order), predicted
 
@@ -1141,9 +1118,11 @@ def read_sums(trainer, sums, where):
     where float16 may be to blame."""
     sums = torch.cat([sums, trainer.frozen.overflows.view(1)])
     total, hits, overflows = np.sum(gather(sums.tolist()), axis=0)
-    if trainer.uses_float16() and not (math.isfinite(total) and overflows == 0):
+    finite = math.isfinite(total)  # a NaN stays in a sum
+    dtypes = (trainer.frozen.dtype, getattr(trainer.teacher, "dtype", None))
+    if torch.float16 in dtypes and (overflows or not finite):
         raise OverflowError
-    if not math.isfinite(total):  # a NaN stays in a sum
+    if not finite:
         raise UserError(
             f"the loss was not finite ({where}): try a lower --lr; what was saved stays"
         )
@@ -1151,13 +1130,14 @@ def read_sums(trainer, sums, where):
 
 
 def select(cfg, data, model, nets):
-    """Accuracy on the test set by which the best epoch is chosen."""
+    """{attack: accuracy on the test set}, by which the best epoch is chosen."""
     for net in set(nets):
         net.refresh()
-    attacks = ["clean", "pgd"] if METHODS[cfg.method].objective else ["clean"]
-    options = dict(attacks=attacks, nets=nets, eps=(cfg.eps or 0) / 255, seed=cfg.seed)
+    options = dict(attacks=["clean"], nets=nets, seed=cfg.seed)
+    if METHODS[cfg.method].objective:
+        options |= dict(attacks=["clean", "pgd"], eps=cfg.eps / 255)
     scores = evaluate(model, data.test_images, data.test_labels, **options)
-    return {name: scores[name] for name in attacks}
+    return {name: scores[name] for name in options["attacks"]}
 
 
 # 6  Data ==========================================================================================
@@ -1590,12 +1570,12 @@ class CosineHead(nn.Module):
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std of the three channels, for networks trained on such images. Not saved."""
+    """(x - mean) / std of the three channels, for networks trained on such images."""
 
     def __init__(self, mean, std):
         super().__init__()
         mean_and_std = torch.tensor([mean, std]).view(2, 3, 1, 1)
-        self.register_buffer("mean_and_std", mean_and_std, persistent=False)
+        self.register_buffer("mean_and_std", mean_and_std)
 
     def forward(self, x):
         mean, std = self.mean_and_std
@@ -1732,6 +1712,9 @@ def load_weights(model, path, classes=None):
         wanted = "want one, bare or under 'state_dict', 'model' or 'net'"
         raise UserError(f"{path} holds no state_dict: {wanted}")
     own = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("normalize."):  # theirs do not know of it
+            own[name] = tensor
     for name, tensor in weights.items():
         name = str(name).replace("module.", "").replace("_orig_mod.", "")
         if not tensor.isfinite().all():
@@ -2148,6 +2131,8 @@ def run_attack(name, plan, nets, x, y, logits, robust, eps, seed, batch_size) ->
     fooled: {"rows": int64 [k], "images": [k,C,H,W], both on the CPU, "seconds"}."""
     began = time.monotonic()
     targets, attack = plan
+    if name == "fab-t" and getattr(nets[0], "dtype", None) == torch.bfloat16:
+        nets = (nets[1], nets[1])  # its steps live on small differences of logits
     # column 0 is y itself, then come its rivals in the order of the clean logits
     rivals = logits.scatter(1, y[:, None], math.inf).argsort(1, descending=True)
     left = robust.clone()
@@ -2444,7 +2429,7 @@ def load_state(path, trainer, log) -> dict:
     damaged = (KeyError, TypeError, ValueError, RuntimeError, AttributeError)
     with blaming(f"{file} does not fit this run: remove it to train from the start", damaged):
         state = read_checkpoint(file)
-        trainer.load(state)
+        trainer.load(dict(model=state.pop("model"), optimizer=state.pop("optimizer")))
         log(f"{trainer.cfg.role}: going on after epoch {state['epoch']}")
     return state
 
@@ -2462,7 +2447,9 @@ def load_net(cfg, data, path):
         model = build_model(cfg.arch, len(data.classes), head, **normalise)
     epoch = load_weights(model, path, data.classes)
     model = model.to(cfg.device)
-    return model, epoch, scoring_nets(model, cfg, data.counts)
+    uniform = [1] * len(data.classes)
+    counts = uniform if cfg.role == "teacher" else data.counts  # what it was trained on
+    return model, epoch, scoring_nets(model, cfg, counts)
 
 
 def threat_of(cfg, unit=1) -> dict:
@@ -2606,7 +2593,7 @@ FREE = ("data", "ir", "method", "arch", "aug", "official", "seed", "alpha", "tau
 def paper_row(cfg, name) -> dict:
     """The paper's numbers {column: percent or None} for a checkpoint ('teacher', 'best', 'last') of
     a resolved Config under the standard threat; {} where it has none for these settings."""
-    if cfg.method not in METHODS or name not in CHECKPOINTS:
+    if cfg.method not in METHODS or name not in CHECKPOINTS or cfg.ir is None:
         return {}
     usual = resolve(Config(device="cpu", **{key: getattr(cfg, key) for key in FREE}))
     if identity(usual) != identity(cfg) or threat_of(usual) != threat_of(cfg):
@@ -2737,7 +2724,9 @@ def setting_rows(setting, checkpoint, columns):
             cell += f" ± {deviation:.2f}"
         if 0 < len(values) < len(setting.seeds):
             cell += f" (n={len(values)})"
-        number = paper.get(column) or math.nan
+        number = paper.get(column)
+        if number is None:
+            number = math.nan
         ours.append(cell)
         theirs.append(shown(number))
         gaps.append(shown(mean - number, "+.2f"))
@@ -2862,7 +2851,8 @@ def draw_classes(ax, settings, column):
 
 def draw_sweep(ax, families, key, columns):
     """Accuracies by the value of one setting, for each family of otherwise equal Settings."""
-    for i, (label, family) in enumerate(families.items()):
+    for i, family in enumerate(families):
+        label = family[0].label(key)
         values = [(setting.own[key], 0) for setting in family]
         for column, dash in zip(columns, ("--", "-")):
             scores = [setting.score(column) for setting in family]
@@ -2875,14 +2865,17 @@ def draw_sweep(ax, families, key, columns):
 
 
 def sweep_families(settings, key):
-    """{label: Settings that differ in `key` alone, by its value}, where there are several."""
+    """Lists of Settings that differ in `key` alone, by its value, where there are several."""
     families = {}
     for setting in settings:
-        if setting.own.get(key) is not None:
-            families.setdefault(setting.label(key), []).append(setting)
+        rest = {**setting.own, key: None}
+        if key == "ir" and rest["gamma"] == max(1.0, (setting.own["ir"] or 0) / 2):
+            rest["gamma"] = None  # the default, which follows the ratio
+        if setting.own[key] is not None:
+            families.setdefault(json.dumps(rest), []).append(setting)
     for family in families.values():
         family.sort(key=lambda setting: setting.own[key])
-    return {label: family for label, family in families.items() if len(family) > 1}
+    return [family for family in families.values() if len(family) > 1]
 
 
 def report_figures(settings, folder):
@@ -3011,44 +3004,44 @@ def plain_attack(model, x, y, eps, step_size, steps):
     return x_adv
 
 
+def train_step(trainer, attack, x, y):
+    """The attack and the optimiser's step at its x'."""
+    trainer.step(x, attack(), y, 40.0, 0.01)
+
+
 def bench_core(cfg, batch, rounds):
     """{"attack": rows, "train_step": rows} at one batch size on ResNet-18 with 100 classes: plain,
     then our levers added in turn."""
     device = torch.device(cfg.device)
-    x = torch.rand(batch, 3, 32, 32, device=device)
     y = torch.arange(batch, device=device) % 100
-    images = x.contiguous(memory_format=torch.channels_last)
-    levers = {"plain": dict(amp="off", compile="off")}
-    levers["folded norms, fused step"] = levers["plain"]
-    levers[f"+ amp {cfg.amp}"] = dict(amp=cfg.amp, compile="off")
-    levers[f"+ compile {cfg.compile}"] = dict(amp=cfg.amp, compile=cfg.compile)
-    attacks = {}
-    steps = {}
-    for name, changes in levers.items():
-        its_cfg = replace(cfg, batch_size=batch, **changes)
+    levers = [
+        ("plain", "off", "off"),
+        ("folded norms, fused step", "off", "off"),
+        (f"+ amp {cfg.amp}", cfg.amp, "off"),
+        (f"+ compile {cfg.compile}", cfg.amp, cfg.compile),
+    ]
+    variants = {}
+    for name, amp, compile in levers:
+        its_cfg = replace(cfg, batch_size=batch, amp=amp, compile=compile)
         model = build_model("resnet18", 100).to(device)
-        teachers = scoring_nets(build_model("resnet18", 100).to(device), its_cfg)
+        x = torch.rand(batch, 3, 32, 32, device=device)
+        teachers = scoring_nets(model, its_cfg)
         trainer = Trainer(its_cfg, model, long_tail_counts(500, 100, 10), teachers)
-        seen = images
-        attack = functools.partial(trainer.attack, images, y, None, torch.Generator(device))
         if name == "plain":
-            seen = x
             model.to(memory_format=torch.contiguous_format)
             threat = (cfg.eps / 255, cfg.step_size / 255, cfg.steps)
             attack = functools.partial(plain_attack, model, x, y, *threat)
-
-        def step(trainer=trainer, seen=seen, attack=attack):
-            return trainer.step(seen, attack(), y, 40.0, 0.01)
-
-        attacks[name] = attack
-        steps[name] = step
-    result = {}
-    for part, variants in (("attack", attacks), ("train_step", steps)):
-        took = timed(variants, rounds, device)
-        result[part] = []
-        for name, seconds in took.items():
-            rates = dict(images_per_s=batch / seconds, ratio=took["plain"] / seconds)
-            result[part].append(dict(batch=batch, lever=name, **rates))
+        else:
+            x = x.to(memory_format=torch.channels_last)
+            attack = functools.partial(trainer.attack, x, y, None, torch.Generator(device))
+        variants["attack", name] = attack
+        variants["train_step", name] = functools.partial(train_step, trainer, attack, x, y)
+    seconds = timed(variants, rounds, device)
+    result = dict(attack=[], train_step=[])
+    for (part, name), took in seconds.items():
+        row = dict(batch=batch, lever=name, images_per_s=batch / took)
+        row["ratio"] = seconds[part, "plain"] / took
+        result[part].append(row)
     return result
 
 
@@ -3065,39 +3058,42 @@ def bench_kernel(device):
     functions = dict(kernel=pgd_step, plain=plain, compiled=torch.compile(plain), copy=copied)
     for images in (32, 128, 4096):
         x = torch.rand(images, 3, 32, 32, device=device)
-        tensors = (x.clone(), torch.randn_like(x).bfloat16(), x)
+        grad = torch.randn_like(x).bfloat16()
+        arguments = (x.clone(), grad, x, 2 / 255, 8 / 255, x.bfloat16())
         for name, function in functions.items():
-            call = functools.partial(function, *tensors, 2 / 255, 8 / 255, x.bfloat16())
+            call = functools.partial(function, *arguments)
             us = 1e3 * triton.testing.do_bench_cudagraph(call, return_mode="median")
             traffic = 8 if name == "copy" else 16  # bytes a value: 4+2+4 read and 4+2 written
-            rows.append(dict(images=images, what=name, us=us, gb_s=traffic * x.numel() / us / 1e3))
+            gb_s = traffic * x.numel() / us / 1e3
+            rows.append(dict(images=images, what=name, us=us, gb_s=gb_s))
     return rows
 
 
 def bench_autoattack(cfg):
-    """{attack: {"ours_s", "official_s" (pyautoattack's, None where it is missing)}}: seconds of one
-    call on 64 images, 10 iterations, 500 queries, on an untrained resnet8 and its own guesses."""
+    """A row for each attack: seconds of one call of ours and of pyautoattack's (None where that is
+    missing) on 16 images, 5 iterations, 100 queries, on an untrained resnet8's own guesses."""
     device = torch.device(cfg.device)
     model = build_model("resnet8", 10).to(device, memory_format=torch.contiguous_format).eval()
-    x = torch.rand(64, 3, 32, 32, device=device)
+    x = torch.rand(16, 3, 32, 32, device=device)
     y = model(x).argmax(1)
-    options = dict(eps=0.25 / 255, nets=scoring_nets(model, cfg))  # most points stay robust
-    result = {}
+    eps = 0.25 / 255  # most points stay robust
+    budget = dict(nets=scoring_nets(model, cfg), iterations=5, queries=100)
+    rows = []
     for name in AUTOATTACK:
-        began = time.perf_counter()
-        autoattack(model, x, y, attacks=(name,), iterations=10, queries=500, **options)
-        result[name] = dict(ours_s=time.perf_counter() - began, official_s=None)
-        with contextlib.suppress(ImportError), contextlib.redirect_stdout(io.StringIO()):
-            official = importlib.import_module("pyautoattack").AutoAttack(
-                model, attacks=[name], eps=0.25 / 255, version="custom", device=cfg.device
-            )
-            official.apgd.n_restarts = official.fab.n_restarts = 1
-            official.apgd.n_iter = official.apgd_targeted.n_iter = official.fab.n_iter = 10
-            official.square.n_queries = 500
-            began = time.perf_counter()
-            official.run_standard_evaluation(x, y, batch_size=len(x))
-            result[name]["official_s"] = time.perf_counter() - began
-    return result
+        ours = functools.partial(autoattack, model, x, y, eps=eps, attacks=[name], **budget)
+        variants = dict(ours_s=ours)
+        with contextlib.suppress(ImportError):
+            from pyautoattack import AutoAttack
+
+            official = AutoAttack(model, eps=eps, device=cfg.device, verbose=False)
+            official.attacks_to_run = [name]
+            for attack in (official.apgd, official.apgd_targeted, official.fab):
+                attack.n_iter = 5
+            official.square.n_queries = 100
+            variants["official_s"] = functools.partial(official.run_standard_evaluation, x, y)
+        seconds = timed(variants, 1, device)
+        rows.append(dict(attack=name, official_s=None) | seconds)
+    return rows
 
 
 def stage_bench(cfg):
@@ -3105,18 +3101,21 @@ def stage_bench(cfg):
     device = torch.device(cfg.device)
     on_cuda = device.type == "cuda"
     cfg = replace(cfg, steps=10 if on_cuda else 2)
-    result = dict(header=environment(cfg) | dict(attack_steps=cfg.steps), attack=[], train_step=[])
+    result = dict(attack=[], train_step=[], kernel=[])
     for batch in (32, 128):
-        for part, rows in bench_core(cfg, batch, 5 if on_cuda else 128 // batch).items():
-            result[part] += rows
-    result["kernel"] = bench_kernel(device) if on_cuda and triton else []
+        rows = bench_core(cfg, batch, 5 if on_cuda else 128 // batch)
+        result["attack"] += rows["attack"]
+        result["train_step"] += rows["train_step"]
+    if on_cuda and triton:
+        result["kernel"] = bench_kernel(device)
     result["autoattack"] = bench_autoattack(cfg)
-    write_json(pathlib.Path(cfg.out, "bench", "bench.json"), result)
-    for part in ("attack", "train_step", "kernel"):
-        for row in result[part]:
-            say(f"{part:<11} " + ", ".join(f"{name} {value}" for name, value in row.items()))
-    for name, row in result["autoattack"].items():
-        say(f"{'autoattack':<11} {name}: {row}")
+    for part, rows in result.items():
+        for row in rows:
+            words = [f"{name} {value}" for name, value in row.items()]
+            say(f"{part:<11} {', '.join(words)}")
+    result["autoattack"] = {row.pop("attack"): row for row in result["autoattack"]}
+    header = environment(cfg) | dict(attack_steps=cfg.steps)
+    write_json(pathlib.Path(cfg.out, "bench", "bench.json"), dict(header=header) | result)
 
 
 # 13  Command line =================================================================================
@@ -3206,6 +3205,11 @@ def parse_args(argv=None) -> list:
         cfg = Config(**dict(zip(given, values)))
         check_settings(cfg)
         cfg = resolve(cfg)
+        for flag in ("batch_size", "teacher_batch_size"):
+            size = getattr(cfg, flag) or WORLD
+            if size % WORLD:
+                name = flag.replace("_", "-")
+                raise UserError(f"--{name} {size}: want a multiple of {WORLD} processes")
         if cfg not in configs:
             configs.append(cfg)
     return configs
@@ -3221,7 +3225,7 @@ def check_settings(cfg):
     if cfg.stage == "teacher" and not row.teacher:
         raise UserError(f"--stage teacher: {cfg.method} has no teacher")
     if cfg.milestones and not re.fullmatch(r"(0?\.\d+|1)(,(0?\.\d+|1))*", cfg.milestones):
-        wanted = "rising shares of the epochs, as in 0.75,0.9"
+        wanted = "shares of the epochs, as in 0.75,0.9"
         raise UserError(f"--milestones {cfg.milestones!r}: want {wanted}")
     if cfg.attacks and not set(cfg.attacks.split(",")) <= set(ATTACKS):
         raise UserError(f"--attacks {cfg.attacks!r}: want a comma list of {', '.join(ATTACKS)}")
@@ -3231,6 +3235,8 @@ def check_settings(cfg):
             raise UserError(
                 f"--{flag.replace('_', '-')} {value:g}: want 255ths, 0 or from 0.1 to 255"
             )
+    if (cfg.mean or cfg.std) and not cfg.checkpoint and not cfg.teacher:
+        raise UserError("--mean, --std: go with --checkpoint or --teacher; our own need none")
     if cfg.checkpoint and cfg.stage != "eval":
         raise UserError(f"--checkpoint {cfg.checkpoint}: goes with --stage eval only")
     if cfg.runs and cfg.stage != "report":
@@ -3252,10 +3258,6 @@ def resolve(cfg) -> Config:
         values.setdefault("gamma", max(1.0, values["ir"] / 2))
     if not cfg.runs:  # a report shows runs under their own
         values.setdefault("eval_eps", values["eps"])
-    for flag in ("batch_size", "teacher_batch_size"):
-        if values[flag] % WORLD:
-            name = flag.replace("_", "-")
-            raise UserError(f"--{name} {values[flag]}: want a multiple of {WORLD} processes")
     values["official"] = bool(cfg.official and row.official)
     values["device"] = find_device(cfg.device)
     device = torch.device(values["device"])
@@ -3337,8 +3339,9 @@ def tune_process(cfg):
 
 
 def teacher_config(cfg) -> Config:
-    """The run of the teacher that cfg asks for: PGD-AT on D_B, or a baseline on all of D. Of a
-    --teacher: the file as its checkpoint."""
+    """The run of the teacher that cfg asks for: PGD-AT on D_B, or a baseline on all of D;
+    optimiser, attack and augmentation are the student's. Of a --teacher: the file as its
+    checkpoint."""
     its_own = dict.fromkeys(METHOD_SETTINGS | TEACHER_SETTINGS)
     its_own |= dict(
         role="student" if cfg.teacher_data == "full" else "teacher",

@@ -736,7 +736,7 @@ def test_a_network_for_normalised_inputs_takes_images_as_they_are(arch):
     torch.manual_seed(0)
     theirs = lived_in(ltsd.build_model(arch, 10))
     ours = ltsd.build_model(arch, 10, mean=MEAN, std=STD).eval()
-    ours.load_state_dict(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict(), strict=False)
     x = torch.rand(8, 3, 32, 32)
     with torch.no_grad():
         want = theirs(v2.functional.normalize(x, MEAN, STD))
@@ -3405,7 +3405,7 @@ def test_a_graph_that_fails_is_found_out_and_costs_nothing(
 
 def test_with_compile_on_a_graph_that_fails_ends_the_training(graphs_on_cpu, tmp_path):
     graphs_on_cpu("raises in capture", "step")
-    with pytest.raises(ltsd.UserError, match="--compile on .*stream is capturing"):
+    with pytest.raises(ltsd.UserError, match="compiling fails here.*stream is capturing"):
         train_in(tmp_path / "run", "on")
 
 
@@ -3763,8 +3763,9 @@ def test_a_network_of_normalised_images_is_scored_with_mean_and_std(tmp_path, ca
     torch.save(theirs.state_dict(), path)
     given = ["--mean", "0.5,0.4,0.3", "--std", "0.1,0.2,0.3"]
     words = ["--stage", "eval", "--method", "pgd-at", "--checkpoint", path]
-    assert launch(tmp_path / "runs", *words, *given) == 0
+    assert launch(tmp_path / "runs", *words) == 0
     assert "near chance" in capsys.readouterr().out  # it has learned nothing
+    assert launch(tmp_path / "runs", *words, *given) == 0  # another network: scored anew
     (found,) = results(tmp_path / "runs")
     data = ltsd.load_data(config_of(*RUN, "--method", "pgd-at"))
     options = dict(tail=[9], steps=2, batch_size=ltsd.EVAL_BATCH)
@@ -3806,6 +3807,10 @@ def test_each_row_of_the_paper_is_found_by_its_settings(line):
     for name, cells in checkpoints.items():
         want = [None if cell == "-" else float(cell) for cell in cells]
         assert list(ltsd.paper_row(cfg, name).values()) == want
+
+
+def test_the_paper_has_no_row_for_a_folder_with_its_own_counts():
+    assert ltsd.paper_row(config_of("--data", "folder"), "best") == {}
 
 
 def test_a_row_of_the_paper_has_its_columns():
