@@ -153,7 +153,8 @@ def _flag(default, help, choices="", low=0):
 _count = functools.partial(_flag, low=1)
 
 
-# A value of None is filled in by `resolve`; afterwards None means that the run does not use it.
+# A value of None is filled in by `resolve`. Afterwards None means that the run does not use it; for
+# ir and gamma with --data folder, that they follow from the data.
 # fmt: off
 @dataclass(frozen=True)
 class Settings:
@@ -233,10 +234,10 @@ DATASETS = {  # defaults of their own
 
 # 3  The method ====================================================================================
 def balanced_indices(labels, per_class, seed) -> np.ndarray:
-    """The paper's D_B (section 4.2): exactly per_class positions of every class, each floor or ceil
-    times equally often; what is no whole round is drawn without replacement. labels: int [N],
-    classes 0..C-1; per_class: whole number >= 1. Returns int64 [C*per_class]. ValueError for
-    another per_class or an empty class."""
+    """The paper's D_B (section 4.2): exactly per_class positions of every class. Each
+    image of a class of n is repeated floor(per_class/n) times; the remainder is drawn without
+    replacement. labels: int [N], classes 0..C-1; per_class: whole number >= 1. Returns int64
+    [C*per_class]. ValueError for another per_class or an empty class."""
     if per_class < 1 or per_class != int(per_class):
         raise ValueError(f"per_class {per_class}: must be a whole number of at least 1")
     labels = np.asarray(labels)
@@ -437,7 +438,8 @@ def _at_bsl(batch):
 
 
 def _ltsd(batch):
-    """The paper: balanced softmax at x' plus alpha times the distillation from the self-teacher."""
+    """The paper: balanced softmax at x' plus alpha times the distillation from the self-teacher,
+    for which it cites IGDM (Lee et al. 2023)."""
     fit, logits = _at_bsl(batch)
     if batch.cfg.kd == "kl":
         distillation = distillation_loss(logits, batch.teacher(batch.x_adv))
@@ -723,7 +725,8 @@ def pixels_differ(got, wanted):
 class GraphCache:
     """Functions of tensors as CUDA graphs: one for each key and each shape of the inputs, so that
     an evaluation does not push out the training's. A graph is captured at its first call, on other
-    values than it then replays, and compared with the function itself: RuntimeError where
+    values than it then replays (so that a value frozen into it is found), and compared with the
+    function itself: RuntimeError where
     differ(got, wanted) says so. updates(): the tensors that the functions change in place."""
 
     def __init__(self, differ, updates=tuple):
@@ -1553,8 +1556,8 @@ class WideBlock(PreActBlock):
 
 
 class CosineHead(nn.Module):
-    """RoBal's classifier: scale * <f/|f|, w_c/(|w_c| + offset)> - prior_c, scale 1 and prior 0
-    while training."""
+    """RoBal's classifier: scale * <f/|f|, w_c/(|w_c| + offset)> - adjustment_c; while training,
+    scale is 1 and adjustment 0."""
 
     def __init__(self, width, num_classes):
         super().__init__()
@@ -1562,11 +1565,17 @@ class CosineHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_classes, width).uniform_(-bound, bound))
         self.offset = 1 / 32 if num_classes <= 10 else 1 / 16  # RoBal-R's two settings
         self.scale = 1.0
-        self.register_buffer("prior", torch.zeros(num_classes), persistent=False)
+        self.register_buffer("adjustment", torch.zeros(num_classes), persistent=False)
 
     def forward(self, features):
         weight = self.weight / (self.weight.norm(dim=1, keepdim=True) + self.offset)
-        return self.scale * F.normalize(features, dim=1) @ weight.T - self.prior
+        return self.scale * F.normalize(features, dim=1) @ weight.T - self.adjustment
+
+    def adjust(self, counts):
+        """RoBal's post-hoc rule beyond 10 classes: 10 * scores - 1.7 ln(n_c/N)."""
+        if len(counts) > 10:
+            self.scale = 10.0
+            self.adjustment.copy_(1.7 * (torch.tensor(counts) / sum(counts)).log())
 
 
 class Normalize(nn.Module):
@@ -1784,7 +1793,7 @@ def is_fooled(logits, y, slack=None):
     return margin(logits, y) < slack * spread
 
 
-def cross_entropy(logits, y, target):
+def cross_entropy_each(logits, y, target):
     """Per point; the target is not used."""
     return F.cross_entropy(logits, y, reduction="none")
 
@@ -1874,13 +1883,15 @@ class Points:
         return torch.cat([rows, rows[-1:].expand(size - len(rows))])
 
     def _judge(self, images, rows, logits):
+        """Keep the images that fool, of these rows with these logits of the fast network; leave out
+        their points."""
         rows = rows[: len(self.left)]
         claimed = is_fooled(logits[: len(self.left)], self.y[rows], self.slack)
         moved = (images[rows] - self.x[rows]).abs().flatten(1).amax(1)
         claimed = rows[claimed & (moved <= self.eps + 1e-6)]
         if len(claimed) and self.fast is not self.exact:
-            look = self._padded(claimed)
-            sure = is_fooled(self.exact(images[look]), self.y[look])
+            asked = self._padded(claimed)
+            sure = is_fooled(self.exact(images[asked]), self.y[asked])
             claimed = claimed[sure[: len(claimed)]]
         if len(claimed):
             self.found[claimed] = images[claimed]
@@ -2117,7 +2128,7 @@ def attack_plan(name, iterations, queries, targets, classes):
     """(number of targets, attack) of an AutoAttack's name; attack: (points, generator) -> None."""
     targets = min(targets, classes - 1)
     if name == "apgd-ce":
-        return 1, functools.partial(apgd, iterations=iterations, objective=cross_entropy)
+        return 1, functools.partial(apgd, iterations=iterations, objective=cross_entropy_each)
     if name == "apgd-t":
         climb = targeted_dlr if classes >= 4 else logit_gap
         return targets, functools.partial(apgd, iterations=iterations, objective=climb)
@@ -2188,9 +2199,8 @@ def scoring_nets(model, cfg=None, counts=()):
         fast = FrozenCopy(model, torch.float16 if weight.is_cuda else AMP_DTYPE[amp])
     for net in {fast, exact}:
         head = net.net[-1]
-        if isinstance(head, CosineHead) and len(counts) > 10:
-            head.scale = 10.0
-            head.prior.copy_(1.7 * (torch.tensor(counts) / sum(counts)).log())
+        if isinstance(head, CosineHead):
+            head.adjust(counts)
         if cfg and cfg.compile != "off":
             net.speed_up(EVAL_BATCH)
     return fast, exact
@@ -2616,12 +2626,12 @@ def summary(values):
     return float(np.mean(values)), float(np.std(values, ddof=min(1, len(values) - 1)))
 
 
-class Setting:
+class RunGroup:
     """Runs that differ in nothing but the seed: rows of the table, a mark in the figures."""
 
     def __init__(self, cfg, own, records):
         self.cfg = cfg
-        self.own = own | dict(seed=None, images=None)  # what makes it another Setting
+        self.own = own | dict(seed=None, images=None)  # what makes it another RunGroup
         self.seeds = [cfg.seed]
         self.records = records  # of all its runs, from results.json
         ratio = "own counts" if cfg.ir is None else f"IR {cfg.ir:g}"
@@ -2644,7 +2654,7 @@ class Setting:
         return summary(self.values(column, checkpoint))
 
 
-def read_run(path, cfg) -> Setting:
+def read_run(path, cfg) -> RunGroup:
     """A folder's evaluations under the evaluation settings of cfg; UserError where there are
     none."""
     remedy = "evaluate it with --stage eval, or name runs as in --stage report 'runs/*'"
@@ -2664,7 +2674,7 @@ def read_run(path, cfg) -> Setting:
         records = [record for record in records if wanted.items() <= record.items()]
         if not records:
             raise ValueError(f"none with {wanted}")
-        return Setting(own, config["identity"], records)
+        return RunGroup(own, config["identity"], records)
 
 
 def by_setting(runs) -> list:
@@ -2706,7 +2716,7 @@ def shown(number, style=".2f"):
 
 
 def setting_rows(setting, checkpoint, columns):
-    """The table's rows for a checkpoint of a Setting: ours, the paper's, the gap."""
+    """The table's rows for a checkpoint of a RunGroup: ours, the paper's, the gap."""
     epochs = sorted(map(str, set(setting.values("epoch", checkpoint))))
     seeds = ",".join(map(str, setting.seeds))
     name = f"{setting.label()} seed {seeds}"
@@ -2734,7 +2744,7 @@ def setting_rows(setting, checkpoint, columns):
 
 
 def table(settings) -> str:
-    """Settings as Markdown in the paper's layout: a line per checkpoint, mean and standard
+    """RunGroups as Markdown in the paper's layout: a line per checkpoint, mean and standard
     deviation over the seeds, below it the paper's values and the gap."""
     records = [record for setting in settings for record in setting.records]
     columns = [name for name in COLUMNS if any(r.get(name) is not None for r in records)]
@@ -2850,7 +2860,7 @@ def draw_classes(ax, settings, column):
 
 
 def draw_sweep(ax, families, key, columns):
-    """Accuracies by the value of one setting, for each family of otherwise equal Settings."""
+    """Accuracies by the value of one setting, for each family of otherwise equal RunGroups."""
     for i, family in enumerate(families):
         label = family[0].label(key)
         values = [(setting.own[key], 0) for setting in family]
@@ -2865,7 +2875,7 @@ def draw_sweep(ax, families, key, columns):
 
 
 def sweep_families(settings, key):
-    """Lists of Settings that differ in `key` alone, by its value, where there are several."""
+    """Lists of RunGroups that differ in `key` alone, by its value, where there are several."""
     families = {}
     for setting in settings:
         rest = {**setting.own, key: None}
@@ -2879,9 +2889,9 @@ def sweep_families(settings, key):
 
 
 def report_figures(settings, folder):
-    """Draw the best checkpoints of Settings into folder: scatter.png (the paper's Figures 1 and 5),
-    classes.png (8), and ir.png (4), alpha.png and gamma.png (6, 7) where that setting takes several
-    values and all else is equal."""
+    """Draw the best checkpoints of RunGroups into folder: scatter.png (the paper's Figures 1 and
+    5), classes.png (8), and ir.png (4), alpha.png and gamma.png (6, 7) where that setting takes
+    several values and all else is equal."""
     robust = "aa" if all(s.values("aa") for s in settings) else "pgd"
     title = f"Best epoch, eps {settings[0].cfg.eval_eps:g}/255"
     note = "thin line: to the last epoch; x: the self-teacher; hollow: the paper's"
