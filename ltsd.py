@@ -1087,9 +1087,9 @@ def train_epoch(trainer, data, epoch, lr, predicted_before, log):
     predicted_before = predicted_before.to(device)
     predicted = torch.zeros_like(trainer.counts)
     sums = torch.zeros(2, device=device)  # of the loss and of the hits
-    batches = list(zip(images.split(cfg.batch_size), labels.split(cfg.batch_size)))
+    parts = list(zip(images.split(cfg.batch_size), labels.split(cfg.batch_size)))
     where = f"{cfg.role}, epoch {epoch}/{cfg.epochs}"
-    for step, (batch_images, batch_labels) in enumerate(batches, 1):
+    for step, (batch_images, batch_labels) in enumerate(parts, 1):
         x = to_float(batch_images[RANK::WORLD])
         y = batch_labels[RANK::WORLD]
         x_adv = trainer.attack(x, y, predicted_before, noise)
@@ -1104,7 +1104,7 @@ def train_epoch(trainer, data, epoch, lr, predicted_before, log):
             total, _ = read_sums(trainer, sums, where)
             mean_loss = total / step / cfg.batch_size
             seconds = (time.perf_counter() - began) / (step - 1)
-            left = len(batches) * (cfg.epochs - epoch + 1) - step
+            left = len(parts) * (cfg.epochs - epoch + 1) - step
             time_left = timedelta(seconds=round(left * seconds))
             if epoch == 1 and step == 5:
                 log(f"{cfg.role}: this training takes about {time_left} on this device")
@@ -2324,9 +2324,8 @@ def write_atomic(path, content, rank=0):
         data.write(content.encode())
     else:
         torch.save(content, data)  # not to the file: torch would hide why a write has failed
-    temporary = path.with_name(
-        path.name + ".tmp"
-    )  # one name: what a killed process leaves is reused
+    # always one name: what a killed process leaves is reused
+    temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -2513,7 +2512,7 @@ def evaluate_checkpoint(cfg, data, path, name, file, log):
         try:
             scores = evaluate(model, images, labels, nets=nets, **options)
         except Exception as error:
-            nets = scoring_nets(model, plainer(cfg, error, log), data.counts)
+            nets = load_net(plainer(cfg, error, log), data, file)[2]
             scores = evaluate(model, images, labels, nets=nets, **options)
         record |= scores
         record["evaluated_on"] = environment(cfg)
