@@ -26,17 +26,14 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
-import contextlib
 import copy
 import ctypes
-import functools
 import glob
 import importlib
 import io
 import itertools
 import json
 import math
-import pathlib
 import re
 import struct
 import sys
@@ -46,8 +43,11 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
+from torch import Tensor
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms import v2
 
@@ -83,13 +84,13 @@ class UserError(ValueError):
 
 
 def first_line(error):
-    """What an error says, without its further lines and a terminal's escape codes."""
+    """What an error says in its first line; torch's unpickler begins with general advice."""
     reason = getattr(error, "strerror", None) or str(error)
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", reason).strip()
-    return plain.partition("\n")[0][:80] or "no reason given"
+    reason = reason.rpartition("WeightsUnpickler error: ")[2].strip()
+    return reason.partition("\n")[0][:60] or "no reason given"
 
 
-@contextlib.contextmanager
+@contextmanager
 def blaming(what, kinds):
     """Inside, errors of these kinds become the UserError `what`, which says how to mend it."""
     try:
@@ -110,7 +111,7 @@ def say(text, end="\n", file=None):
         stream.write((text + end).encode(encoding, "replace").decode(encoding))
         stream.flush()
     except (OSError, ValueError):  # a closed pipe, a lost terminal, a full disk
-        with contextlib.suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -150,7 +151,7 @@ def _flag(default, help, choices="", low=0):
     return field(default=default, metadata=dict(help=help, choices=choices.split(), low=low))
 
 
-_count = functools.partial(_flag, low=1)
+_count = partial(_flag, low=1)
 
 
 # A value of None is filled in by `resolve`. Afterwards None means that the run does not use it; for
@@ -261,10 +262,12 @@ def balanced_data(cfg, data):
     per_class = max(1, math.floor(gamma * smallest))
     seed = derive_seed(cfg.seed, "balanced")
     drawn = torch.from_numpy(balanced_indices(data.train_labels.cpu(), per_class, seed))
-    images = data.train_images[drawn]
-    labels = data.train_labels[drawn]
-    counts = [per_class] * len(data.counts)
-    return replace(data, train_images=images, train_labels=labels, counts=counts)
+    return replace(
+        data,
+        train_images=data.train_images[drawn],
+        train_labels=data.train_labels[drawn],
+        counts=[per_class] * len(data.counts),
+    )
 
 
 def _float32(tensor):
@@ -276,12 +279,14 @@ def _class_counts(counts, logits):
     """Training images per class like the logits; ValueError for another number of classes."""
     counts = torch.as_tensor(counts).to(logits)
     if counts.shape != logits.shape[1:]:
-        wanted = f"want one count for each of {logits.shape[1]} classes"
-        raise ValueError(f"counts has shape {list(counts.shape)}: {wanted}")
+        raise ValueError(
+            f"counts has shape {list(counts.shape)}: "
+            f"want one count for each of {logits.shape[1]} classes"
+        )
     return counts
 
 
-def balanced_softmax_loss(logits, y, counts, tau=1.0) -> torch.Tensor:
+def balanced_softmax_loss(logits, y, counts, tau=1.0) -> Tensor:
     """Mean of -log softmax(z + b)[y] with b_c = tau ln n_c (eq. 1; Ren et al. 2020). logits: float
     [N,C]; y: int64 [N]; counts: training images per class, C values >= 1. Uniform counts or tau 0
     give plain cross-entropy. Returns a scalar; ValueError for counts of another length."""
@@ -297,12 +302,12 @@ def _kl(p, q):
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-def distillation_loss(student, teacher) -> torch.Tensor:
+def distillation_loss(student, teacher) -> Tensor:
     """Mean KL(softmax(teacher) || softmax(student)); float logits [N,C], the teacher's detached."""
     return _kl(teacher.detach(), student)
 
 
-def igdm_loss(student_plus, student_minus, teacher_plus, teacher_minus) -> torch.Tensor:
+def igdm_loss(student_plus, student_minus, teacher_plus, teacher_minus) -> Tensor:
     """Indirect gradient distillation (Lee et al. 2023): mean KL(softmax(T+ - T-) || softmax(S+ -
     S-)). Float logits [N,C] of student and teacher at x+d (plus) and x-d (minus), d = x'-x; the
     teacher's are detached. Returns a scalar >= 0."""
@@ -311,14 +316,14 @@ def igdm_loss(student_plus, student_minus, teacher_plus, teacher_minus) -> torch
     return distillation_loss(student, teacher)
 
 
-def trades_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
+def trades_loss(logits, logits_adv, y, beta=6.0) -> Tensor:
     """Mean CE(z(x), y) + beta * mean KL(p(x) || p(x')) (TRADES, Zhang et al. 2019). logits,
     logits_adv: float [N,C] at x and x', both with gradient; y: int64 [N]. Returns a scalar."""
     logits = _float32(logits)
     return F.cross_entropy(logits, y) + beta * _kl(logits, logits_adv)
 
 
-def mart_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
+def mart_loss(logits, logits_adv, y, beta=6.0) -> Tensor:
     """MART (Wang et al. 2020): mean[CE(z(x'), y) - ln(1.0001 - p_k(x') + 1e-12)] + beta *
     mean[KL(p(x) || p(x')) * (1.0000001 - p_y(x))], k the most probable class of x' but y; the KL
     takes ln(p(x') + 1e-12). Arguments as in trades_loss."""
@@ -332,7 +337,7 @@ def mart_loss(logits, logits_adv, y, beta=6.0) -> torch.Tensor:
     return boosted + beta * (divergence * unsure).mean()
 
 
-def robal_loss(scores, scores_adv, y, counts, *, scale, margin, tau_b, tau_m, beta) -> torch.Tensor:
+def robal_loss(scores, scores_adv, y, counts, *, scale, margin, tau_b, tau_m, beta) -> Tensor:
     """RoBal (Wu et al. 2021): CE of scale*(s(x') - m_y 1_y) + tau_b ln(n/N) plus beta * mean
     KL(p(x) || p(x')), m_c = margin + tau_m/scale * ln(n_c/n_min). scores, scores_adv: cosine scores
     [N,C] at x and x'; the KL's softmaxes are of these, unscaled, with ln(p(x') + 1e-12)."""
@@ -347,7 +352,7 @@ def robal_loss(scores, scores_adv, y, counts, *, scale, margin, tau_b, tau_m, be
     return F.cross_entropy(scale * shifted + prior, y) + beta * divergence
 
 
-def reat_class_weights(counts, predicted) -> torch.Tensor:
+def reat_class_weights(counts, predicted) -> Tensor:
     """REAT's weights in its attack, by effective numbers (Cui et al. 2019): w_c ~ 1 / (E_c + 1e-5),
     sum C, E_c = (1 - b^a)/(1 - b), b = (n_c - 1)/n_c. counts: training images n_c >= 1 [C];
     predicted: a_c [C], how often the network predicted the class at x' in the epoch before. float64
@@ -359,7 +364,7 @@ def reat_class_weights(counts, predicted) -> torch.Tensor:
     return (weights * len(n) / weights.sum()).float()
 
 
-def reat_tail_loss(features, y, counts) -> torch.Tensor:
+def reat_tail_loss(features, y, counts) -> Tensor:
     """REAT's tail term (Li et al. 2023) as its released code computes it: the mean over the batch's
     samples i of the tail third of the classes, 0 without any, of mean_j(s_ij (u_yi + u_yj)) *
     mean_j KL(softmax f_i || softmax f_j) / d, with s = -1 within a class and +1 between, u_c =
@@ -379,7 +384,7 @@ def reat_tail_loss(features, y, counts) -> torch.Tensor:
     return (per_anchor * is_tail).sum() / is_tail.sum().clamp_min(1)
 
 
-@contextlib.contextmanager
+@contextmanager
 def awp_perturbation(model, loss_fn, gamma):
     """AWP (Wu et al. 2020): inside, every trainable w of two or more dimensions is w + v, v = gamma
     |w| g/|g|, g the gradient of loss_fn() at w; afterwards v is subtracted again. v is 0 where g is
@@ -416,12 +421,12 @@ class Batch:
     teacher(x) -> logits, no gradient; a method's own setting is a Config field, cfg.NAME."""
 
     student: Callable
-    x: torch.Tensor
-    x_adv: torch.Tensor
-    y: torch.Tensor
-    counts: torch.Tensor  # training images per class
+    x: Tensor
+    x_adv: Tensor
+    y: Tensor
+    counts: Tensor  # training images per class
     cfg: Config
-    alpha: float | torch.Tensor = 0.0  # the epoch's weight of the distillation; a tensor in a graph
+    alpha: float | Tensor = 0.0  # the epoch's weight of the distillation; a tensor in a graph
     teacher: Callable | None = None
 
 
@@ -469,7 +474,7 @@ def _robal(batch):
     constants = dict(margin=0.1, tau_b=1.5, tau_m=0.3)
     if len(batch.counts) > 10:
         constants = dict(margin=0.3, tau_b=0, tau_m=0)
-    loss = functools.partial(robal_loss, counts=batch.counts, scale=10.0, **constants)
+    loss = partial(robal_loss, counts=batch.counts, scale=10.0, **constants)
     return _compared(loss, batch)
 
 
@@ -525,12 +530,12 @@ METHODS = {  # a row may be added from outside, as the README shows
     "natural": Method(_pgd_at, objective=None, uses=()),
     "pgd-at": PGD_AT,
     "trades": Method(
-        functools.partial(_compared, trades_loss), kl_objective, aux=_clean_logits, uses=("beta",),
+        partial(_compared, trades_loss), kl_objective, aux=_clean_logits, uses=("beta",),
         low_precision=False,  # near x rounding drowns its gradient: bf16 is 6 % weaker
         official=dict(epochs=76, milestones="0.974", weight_decay=2e-4), official_data=("cifar10",),
     ),
     "mart": Method(
-        functools.partial(_compared, mart_loss), uses=("beta",), official_data=("cifar10",),
+        partial(_compared, mart_loss), uses=("beta",), official_data=("cifar10",),
         official=dict(
             epochs=120, milestones=".617,.742,.825", lr=0.01, weight_decay=3.5e-3, beta=5.0,
         ),
@@ -555,7 +560,7 @@ METHODS = {  # a row may be added from outside, as the README shows
 
 # 4  Step and attack ===============================================================================
 # One step: x_adv <- clip to [0,1] of clip to [x-eps, x+eps] of (x_adv + step_size * sign(grad))
-def pgd_step_reference(x_adv, grad, x, step_size, eps) -> torch.Tensor:
+def pgd_step_reference(x_adv, grad, x, step_size, eps) -> Tensor:
     """One L-inf PGD step in plain PyTorch: the truth that the kernel equals bit for bit. x_adv, x:
     float32 in [0,1], any shape; grad: that shape, any float dtype; step_size, eps: fractions of the
     pixel range. sign(0) and sign(NaN) are 0. Returns a new tensor."""
@@ -607,11 +612,13 @@ def _check_step(x, **others):
         got = f"{list(tensor.shape)} {tensor.stride()} {tensor.device}"
         may_be_low = name in ("grad", "out_low") and tensor.dtype in AMP_DTYPE.values()
         if got != want or not (may_be_low or tensor.dtype == torch.float32):
-            remedy = f"want float32 {want} (grad, out_low: or bf16, fp16)"
-            raise ValueError(f"{name} is {tensor.dtype} {got}: {remedy}")
+            raise ValueError(
+                f"{name} is {tensor.dtype} {got}: "
+                f"want float32 {want} (grad, out_low: or bf16, fp16)"
+            )
 
 
-def pgd_step(x_adv, grad, x, step_size, eps, out_low=None) -> torch.Tensor:
+def pgd_step(x_adv, grad, x, step_size, eps, out_low=None) -> Tensor:
     """One L-inf PGD step in place on x_adv; also writes the copy that the next low-precision
     forward reads. x_adv, x: float32; grad: float32, bfloat16 or float16; out_low: None or one of
     those types; all of one shape, device and memory layout without gaps, of any size. A fused
@@ -764,7 +771,7 @@ class GraphCache:
         return result
 
 
-@contextlib.contextmanager
+@contextmanager
 def eval_mode(model):
     """Put a module into eval mode inside, and every submodule back into its mode afterwards."""
     training = [module for module in model.modules() if module.training]
@@ -789,8 +796,9 @@ def check_images(x, y, dtypes=(torch.float32,)):
     if not fits:
         raise ValueError(f"want images {dtypes[0]} [N,C,H,W] and labels int64 [N]; got {given}")
     if x.is_floating_point() and not ((x >= 0) & (x <= 1)).all():  # or NaN
-        span = f"[{x.min():g}, {x.max():g}]"
-        raise ValueError(f"x spans {span}: images must lie in [0,1]; divide by 255?")
+        raise ValueError(
+            f"x spans [{x.min():g}, {x.max():g}]: images must lie in [0,1]; divide by 255?"
+        )
 
 
 def attack_start(x, init, eps, generator):
@@ -805,7 +813,7 @@ def attack_start(x, init, eps, generator):
 
 def pgd_attack(
     model, x, y, *, eps, step_size, steps, init="uniform", objective=None, aux=None, generator=None
-) -> torch.Tensor:
+) -> Tensor:
     """L-inf PGD (Madry et al. 2018): signed gradient ascent of `objective` inside the eps-ball and
     [0,1]. model: any nn.Module with inputs in [0,1], run in eval mode and left as it was (mode,
     buffers, gradients); a Net is replaced by its FrozenCopy, a FrozenCopy taken as it is. x:
@@ -816,8 +824,10 @@ def pgd_attack(
     ValueError for other input."""
     radii_fit = 0 <= eps <= 1 and 0 <= step_size <= 1 and steps >= 0
     if not radii_fit or init not in ("uniform", "gauss", "none"):
-        given = f"eps {eps}, step_size {step_size}, steps {steps}, init {init!r}"
-        raise ValueError(f"{given}: want [0,1] (divide by 255?), init uniform, gauss or none")
+        raise ValueError(
+            f"eps {eps}, step_size {step_size}, steps {steps}, init {init!r}: "
+            "want [0,1] (divide by 255?), init uniform, gauss or none"
+        )
     net = model
     if not isinstance(model, FrozenCopy):  # the training loop's is neither checked nor protected
         check_images(x, y)
@@ -829,7 +839,7 @@ def pgd_attack(
     if aux is not None:
         inputs.append(aux)
     settings = (objective or cross_entropy_objective, eps, step_size, steps)
-    ascend = functools.partial(_ascend, net, *settings)
+    ascend = partial(_ascend, net, *settings)
     if net.graphs is not None and len(x) in net.compiled_sizes:
         return net.graphs.call(settings, ascend, inputs)[0]
     with eval_mode(net):
@@ -924,8 +934,9 @@ class Trainer:
         self.teacher = exact_teacher if cfg.amp == "off" else fast_teacher
         dtype = AMP_DTYPE[cfg.amp] if self.row.low_precision else torch.float32
         self.frozen = FrozenCopy(model, dtype)
-        options = dict(momentum=cfg.momentum, weight_decay=cfg.weight_decay)
-        self.optimizer = torch.optim.SGD(model.parameters(), **options)
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), momentum=cfg.momentum, weight_decay=cfg.weight_decay
+        )
         self.compiled = model
         self.graphs = None
         if cfg.compile != "off":
@@ -964,10 +975,18 @@ class Trainer:
         self.frozen.refresh()
         if self.row.objective is None:
             return x
-        options = dict(eps=self.cfg.eps / 255, step_size=self.cfg.step_size / 255)
-        options |= dict(steps=self.cfg.steps, init=self.row.init, objective=self.row.objective)
-        aux = self.row.aux(self.frozen, x, self.counts, predicted)
-        return pgd_attack(self.frozen, x, y, aux=aux, generator=generator, **options)
+        return pgd_attack(
+            self.frozen,
+            x,
+            y,
+            eps=self.cfg.eps / 255,
+            step_size=self.cfg.step_size / 255,
+            steps=self.cfg.steps,
+            init=self.row.init,
+            objective=self.row.objective,
+            aux=self.row.aux(self.frozen, x, self.counts, predicted),
+            generator=generator,
+        )
 
     def step(self, x, x_adv, y, alpha, lr):
         """The optimiser's step at x' -> (loss, logits at x')."""
@@ -1136,11 +1155,11 @@ def select(cfg, data, model, nets):
     """{attack: accuracy on the test set}, by which the best epoch is chosen."""
     for net in set(nets):
         net.refresh()
-    options = dict(attacks=["clean"], nets=nets, seed=cfg.seed)
-    if METHODS[cfg.method].objective:
-        options |= dict(attacks=["clean", "pgd"], eps=cfg.eps / 255)
+    attacks = ["clean", "pgd"] if METHODS[cfg.method].objective else ["clean"]
+    eps = (cfg.eps or 0) / 255
+    options = dict(attacks=attacks, eps=eps, seed=cfg.seed, nets=nets)
     scores = evaluate(model, data.test_images, data.test_labels, **options)
-    return {name: scores[name] for name in options["attacks"]}
+    return {name: scores[name] for name in attacks}
 
 
 # 6  Data ==========================================================================================
@@ -1152,10 +1171,10 @@ class Data:
     """A training and a test set: uint8 NCHW images, int64 labels, class 0 the most frequent: where
     classes differ in size the loader sorts them, as load_folder does."""
 
-    train_images: torch.Tensor
-    train_labels: torch.Tensor
-    test_images: torch.Tensor
-    test_labels: torch.Tensor
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
     classes: list  # names
     counts: list = field(default_factory=list)  # training images per class
     tail: list = field(default_factory=list)  # the classes of the tail group
@@ -1188,8 +1207,10 @@ def long_tail_counts(n_max, num_classes, ir) -> list:
     Truncated, not rounded, as in the LDAM generator that RoBal, REAT and AT-BSL share. ValueError
     where a class would be empty."""
     if not ir >= 1 or num_classes < 1 or n_max * ir**-1.0 < 1:
-        given = f"n_max {n_max}, {num_classes} classes, imbalance ratio {ir}"
-        raise ValueError(f"{given}: want ir >= 1 and no empty class")
+        raise ValueError(
+            f"n_max {n_max}, {num_classes} classes, imbalance ratio {ir}: "
+            "want ir >= 1 and no empty class"
+        )
     last = max(num_classes - 1, 1)
     return [int(n_max * ir ** (-c / last)) for c in range(num_classes)]
 
@@ -1211,7 +1232,7 @@ def long_tail_indices(labels, counts) -> np.ndarray:
     return np.concatenate(chosen)
 
 
-def augment(images_u8, policy, generator) -> torch.Tensor:
+def augment(images_u8, policy, generator) -> Tensor:
     """Augment a whole epoch at once: the policy, then a zero-pad-4 random crop, then a flip with p
     = 0.5, as AT-BSL. images_u8: uint8 [N,3,H,W], any device, not changed. policy: 'none', 'ra'
     (torchvision's RandAugment(2, 8)) or 'aua' (its AutoAugment, CIFAR-10 policy). generator: a CPU
@@ -1221,8 +1242,10 @@ def augment(images_u8, policy, generator) -> torch.Tensor:
     images of a batch of up to AUGMENT_GROUPS share no draw. ValueError: unknown policy, another
     dtype or shape."""
     if policy not in ("none", "ra", "aua") or images_u8.dtype != torch.uint8 or images_u8.ndim != 4:
-        given = f"{policy!r}, images {images_u8.dtype} {list(images_u8.shape)}"
-        raise ValueError(f"policy {given}: want none, ra or aua, and uint8 [N,3,H,W]")
+        raise ValueError(
+            f"policy {policy!r}, images {images_u8.dtype} {list(images_u8.shape)}: "
+            "want none, ra or aua, and uint8 [N,3,H,W]"
+        )
     n, _, height, width = images_u8.shape
     device = images_u8.device
     if policy != "none":
@@ -1286,8 +1309,10 @@ def _largest_profile(available, ir):
         if np.all(counts <= available):
             return counts
         n_max -= 1
-    sizes = f"{available.max()} to {available.min()} images"
-    raise UserError(f"--ir {ir:g}: the classes have {sizes}, too few for it: lower it")
+    raise UserError(
+        f"--ir {ir:g}: the classes have {available.max()} to {available.min()} images, "
+        "too few for it: lower it"
+    )
 
 
 def _limited(labels, limit):
@@ -1310,8 +1335,10 @@ def _to_nchw(images):
 
 
 def _fetching(name, data_dir):
-    remedy = f"put it into {data_dir} by hand, or try --data synthetic"
-    return blaming(f"could not fetch {name}: {remedy}", (OSError, RuntimeError))
+    return blaming(
+        f"could not fetch {name}: put it into {data_dir} by hand, or try --data synthetic",
+        (OSError, RuntimeError),
+    )
 
 
 def load_cifar(name, data_dir) -> Data:
@@ -1334,13 +1361,13 @@ def load_tinyimagenet(data_dir) -> Data:
     """Tiny-ImageNet from the official zip, by torchvision: fetched when absent, unpacked when one
     of its 200 classes is missing. Classes are the sorted wnids; the test set is the official
     validation set, labelled by val_annotations.txt. UserError where images are missing."""
-    root = pathlib.Path(data_dir, "tiny-imagenet-200")
+    root = Path(data_dir, "tiny-imagenet-200")
     annotations = root / "val" / "val_annotations.txt"
     if not annotations.exists() or len(list(root.glob("train/n*"))) < 200:
         with _fetching("tiny-imagenet-200.zip", data_dir):
             download_and_extract_archive(TINY_URL, data_dir, md5=TINY_MD5)
-    kinds = (OSError, LookupError, ValueError)
-    with blaming(f"{root} is incomplete: delete this folder, and it is unpacked again", kinds):
+    remedy = "delete this folder, and it is unpacked again"
+    with blaming(f"{root} is incomplete: {remedy}", (OSError, LookupError, ValueError)):
         train = _PictureFolder(root / "train")
         test = []
         for line in annotations.read_text().splitlines():
@@ -1348,9 +1375,7 @@ def load_tinyimagenet(data_dir) -> Data:
             test.append((f"{root}/val/images/{words[0]}", train.class_to_idx[words[1]]))
     missing = 110_000 - len(train.samples) - len(test)
     if missing > 0:
-        say(
-            f"{root} lacks {missing} of 110000 images: delete this folder, and it is unpacked again"
-        )
+        say(f"{root} lacks {missing} of 110000 images: {remedy}")
     return _read_images(train.samples, test, train.classes, 64, root / ".ltsd.pt")
 
 
@@ -1380,17 +1405,19 @@ def load_folder(data_dir, size) -> Data:
     """Images of data_dir/train/CLASS/ and data_dir/test/CLASS/ (val/ where test/ has no folder of a
     class), as torchvision's ImageFolder finds them, scaled to `size` pixels. Classes are ordered by
     training count, most frequent first, ties by name. UserError for another layout."""
-    root = pathlib.Path(data_dir)
-    layout = "want DIR/train/CLASS/* and DIR/test/CLASS/*"
-    with blaming(f"--data-dir {data_dir}: {layout}", (OSError, ValueError)):
+    root = Path(data_dir)
+    wanted = f"--data-dir {data_dir}: want DIR/train/CLASS/* and DIR/test/CLASS/*"
+    with blaming(wanted, (OSError, ValueError)):
         train = _PictureFolder(root / "train")
         names = train.classes
         has_test = any((root / "test" / name).is_dir() for name in names)
         test = _PictureFolder(root / ("test" if has_test else "val"))
     if names != test.classes or len(names) < 2:
         odd = sorted(set(names) ^ set(test.classes)) or names
-        same = "train and test need the same classes, two or more"
-        raise UserError(f"--data-dir {data_dir}: {same}; unlike: {odd[:3]}")
+        raise UserError(
+            f"--data-dir {data_dir}: train and test need the same classes, two or more; "
+            f"unlike: {odd[:3]}"
+        )
     unread = train.unread + test.unread
     if unread > 0:
         say(f"--data-dir {data_dir}: {unread} files beside the images are of types not read here")
@@ -1407,7 +1434,7 @@ def _read_images(train, test, classes, size, cache) -> Data:
     """Decode two lists of (path, label). The tensors are kept in the file `cache`, which is made
     again when an image is added, removed or changed."""
     key = _fingerprint(train + test)
-    with contextlib.suppress(UserError):  # a missing or broken cache is made again
+    with suppress(UserError):  # a missing or broken cache is made again
         saved = read_checkpoint(cache)
         if saved["key"] == key:
             return Data(**saved["data"])
@@ -1418,7 +1445,7 @@ def _read_images(train, test, classes, size, cache) -> Data:
     labels = torch.tensor(labels)
     n = len(train)
     data = Data(images[:n], labels[:n], images[n:], labels[n:], classes)
-    with contextlib.suppress(UserError):  # data on a read-only drive: no cache
+    with suppress(UserError):  # data on a read-only drive: no cache
         write_atomic(cache, dict(key=key, data=vars(data)))
     return data
 
@@ -1426,9 +1453,8 @@ def _read_images(train, test, classes, size, cache) -> Data:
 def _fingerprint(samples):
     """Checksum of the paths, labels, sizes and times (a change within a second counts)."""
     rows = []
-    remedy = "restore it, remove its link, or unpack the data again"
     for path, label in samples:
-        with blaming(f"{path} is gone: {remedy}", OSError):
+        with blaming(f"{path} is gone: restore it, or unpack the data again", OSError):
             about = os.stat(path)
         rows.append((path, label, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
     return zlib.crc32(repr(rows).encode())
@@ -1630,8 +1656,10 @@ def build_model(arch, num_classes, head="linear", mean=None, std=None) -> nn.Mod
     or None. Draws from torch's global generator: seed it, or wrap the call in
     torch.random.fork_rng. ValueError for an unknown name."""
     if arch not in ARCHS or head not in HEADS or num_classes < 2:
-        given = f"arch {arch!r}, head {head!r}, {num_classes} classes"
-        raise ValueError(f"{given}: want one of {', '.join(ARCHS)}, linear or cosine, 2 or more")
+        raise ValueError(
+            f"arch {arch!r}, head {head!r}, {num_classes} classes: "
+            f"want one of {', '.join(ARCHS)}, linear or cosine, 2 or more"
+        )
     block, blocks, widths, stage_name = ARCHS[arch]
     wide = block is WideBlock
     net = Net()
@@ -1698,11 +1726,10 @@ def read_checkpoint(path):
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle can raise any
-        reason = first_line(str(error).rpartition("WeightsUnpickler error: ")[2])
-        remedy = f"train first, or name another ({reason})"
-        if os.path.isfile(path) and b"torch.nn.modules" in pathlib.Path(path).read_bytes():
+        remedy = f"train first, or name another checkpoint ({first_line(error)})"
+        if os.path.isfile(path) and b"torch.nn.modules" in Path(path).read_bytes():
             remedy = "it is a pickled module or DataParallel, save its state_dict() instead"
-        raise UserError(f"{path} is no checkpoint that can be read: {remedy}") from error
+        raise UserError(f"{path} cannot be read: {remedy}") from error
 
 
 def load_weights(model, path, classes=None):
@@ -1718,8 +1745,9 @@ def load_weights(model, path, classes=None):
         weights = about.get(key, weights)
     filled = isinstance(weights, dict) and weights != {}
     if not filled or not all(map(torch.is_tensor, weights.values())):
-        wanted = "want one, bare or under 'state_dict', 'model' or 'net'"
-        raise UserError(f"{path} holds no state_dict: {wanted}")
+        raise UserError(
+            f"{path} holds no state_dict: want one, bare or under 'state_dict', 'model' or 'net'"
+        )
     own = {}
     for name, tensor in model.state_dict().items():
         if name.startswith("normalize."):  # theirs do not know of it
@@ -1734,8 +1762,9 @@ def load_weights(model, path, classes=None):
         model.load_state_dict(own)
     except RuntimeError as error:
         reason = first_line(str(error).partition("\n")[2])
-        remedy = f"check --arch, --data and --method ({reason})"
-        raise UserError(f"{path} does not fit the network: {remedy}") from error
+        raise UserError(
+            f"{path} does not fit the network: check --arch, --data and --method ({reason})"
+        ) from error
     if classes is not None:
         _sort_outputs(model, path, about.get("classes"), list(classes))
     epoch = about.get("epoch")
@@ -2060,8 +2089,10 @@ def checked_logits(net, x, y, batch_size):
         or logits.dtype not in FLOATS
         or not logits.isfinite().all()
     ):
-        said = f"{logits.dtype} {list(logits.shape)}"
-        raise ValueError(f"logits are {said}: want finite float32 [{len(y)}, classes]")
+        raise ValueError(
+            f"logits are {logits.dtype} {list(logits.shape)}: "
+            f"want finite float32 [{len(y)}, classes]"
+        )
     if not 0 <= y.min() <= y.max() < classes or classes < 2:
         raise ValueError(
             f"y spans [{y.min()}, {y.max()}]: want labels of {classes} classes, two up"
@@ -2072,7 +2103,7 @@ def checked_logits(net, x, y, batch_size):
 def autoattack(
     model, x, y, *, eps=8 / 255, attacks=AUTOATTACK, seed=0, batch_size=512, log=None,
     iterations=100, queries=5000, targets=9, state=None, nets=None,
-) -> torch.Tensor:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """AutoAttack standard in the maximum norm (Croce & Hein 2020): each attack runs on the points
     that survived those before it. model: nn.Module, [N,C,H,W] in [0,1] -> logits [N,classes]; run
     in eval mode and left as it was. x: float32 or float64; y: int64 [N]; same device. Returns x_adv
@@ -2087,8 +2118,10 @@ def autoattack(
     check_images(x, y, FLOATS)
     counts_fit = min(batch_size, iterations, queries, targets) >= 1
     if not 0 <= eps <= 1 or not counts_fit or not set(attacks) <= set(AUTOATTACK):
-        given = f"eps {eps}, attacks {attacks}"
-        raise ValueError(f"{given}: want eps in [0,1], counts >= 1, attacks from {AUTOATTACK}")
+        raise ValueError(
+            f"eps {eps}, attacks {attacks}: "
+            f"want eps in [0,1], counts >= 1, attacks from {AUTOATTACK}"
+        )
     nets = nets or scoring_nets(model)
     state = {} if state is None else state
     log = log or (lambda line: None)
@@ -2115,8 +2148,10 @@ def autoattack(
             x_adv[rows] = state[name]["images"].to(x_adv)
             log(f"{name:9} robust {_share(robust)}, {state[name]['seconds']:.1f} s")
         if "square" in attacks[1:] and len(state["square"]["rows"]) > max(1, 0.002 * len(x)):
-            said = "Square fooled what the gradient attacks missed: are they masked?"
-            warnings.warn(f"autoattack: {said}", stacklevel=2)
+            warnings.warn(
+                "autoattack: Square fooled what the gradient attacks missed: are they masked?",
+                stacklevel=2,
+            )
     return x_adv
 
 
@@ -2128,13 +2163,13 @@ def attack_plan(name, iterations, queries, targets, classes):
     """(number of targets, attack) of an AutoAttack's name; attack: (points, generator) -> None."""
     targets = min(targets, classes - 1)
     if name == "apgd-ce":
-        return 1, functools.partial(apgd, iterations=iterations, objective=cross_entropy_each)
+        return 1, partial(apgd, iterations=iterations, objective=cross_entropy_each)
     if name == "apgd-t":
         climb = targeted_dlr if classes >= 4 else logit_gap
-        return targets, functools.partial(apgd, iterations=iterations, objective=climb)
+        return targets, partial(apgd, iterations=iterations, objective=climb)
     if name == "fab-t":
-        return targets, functools.partial(fab, iterations=iterations)
-    return 1, functools.partial(square, queries=queries)
+        return targets, partial(fab, iterations=iterations)
+    return 1, partial(square, queries=queries)
 
 
 def run_attack(name, plan, nets, x, y, logits, robust, eps, seed, batch_size) -> dict:
@@ -2153,7 +2188,7 @@ def run_attack(name, plan, nets, x, y, logits, robust, eps, seed, batch_size) ->
             show_progress(f"{name}, target {nth} of {targets}: {left.sum()} points robust")
             points = Points(nets, x[rows], y[rows], rivals[rows, nth], eps, batch_size)
             draws_seed = derive_seed(seed, "autoattack", AUTOATTACK.index(name), nth)
-            with contextlib.suppress(AllFooled):
+            with suppress(AllFooled):
                 attack(points, generator=torch.Generator().manual_seed(draws_seed))
             images[rows] = points.found
             left[rows] = False
@@ -2168,7 +2203,7 @@ def run_attack(name, plan, nets, x, y, logits, robust, eps, seed, batch_size) ->
 ATTACKS = ("clean", "pgd", "aa")
 
 
-@contextlib.contextmanager
+@contextmanager
 def ieee_float32():
     """Inside, no TF32: a verdict must not depend on ten bits."""
     switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
@@ -2235,8 +2270,10 @@ def evaluate(
     check_images(images_u8, labels, (torch.uint8,))
     known = not isinstance(attacks, str) and set(attacks) <= set(ATTACKS)
     if not known or batch_size < 1 or len(labels) == 0:
-        given = f"attacks {attacks!r}, batch_size {batch_size}, {len(labels)} images"
-        raise ValueError(f"{given}: want a sequence from {ATTACKS}, batch_size >= 1, images >= 1")
+        raise ValueError(
+            f"attacks {attacks!r}, batch_size {batch_size}, {len(labels)} images: "
+            f"want a sequence from {ATTACKS}, batch_size >= 1, images >= 1"
+        )
     nets = nets or scoring_nets(model)
     nets = usable_nets(nets, to_float(images_u8[:batch_size]), labels[:batch_size])
     device = labels.device
@@ -2309,8 +2346,9 @@ def save_examples(path, nets, images_u8, labels, count, log, *, eps, step_size, 
 # report.md; aa-*.pt while AutoAttack is under way. One process at a time holds it.
 def writing(path):
     """Around a write: one line for what cannot be written."""
-    remedy = "check path, rights and free space, or try another --out; saved files are whole"
-    return blaming(f"cannot write {path}: {remedy}", OSError)
+    return blaming(
+        f"cannot write {path}: check path, rights and free space, or try another --out", OSError
+    )
 
 
 def write_atomic(path, content, rank=0):
@@ -2318,7 +2356,7 @@ def write_atomic(path, content, rank=0):
     one. Of several ranks only this one writes."""
     if RANK != rank:
         return
-    path = pathlib.Path(path)
+    path = Path(path)
     data = io.BytesIO()
     if isinstance(content, str):
         data.write(content.encode())
@@ -2344,12 +2382,12 @@ def read_json(path) -> dict:
     """What a JSON file of ours holds, {} where there is none; UserError where it is damaged."""
     if not path.exists():
         return {}
-    remedy = "restore it, or remove the folder and start afresh"
-    with blaming(f"{path} is damaged: {remedy}", (OSError, ValueError, TypeError)):
+    remedy = "is damaged: restore it, or remove the folder and start afresh"
+    with blaming(f"{path} {remedy}", (OSError, ValueError, TypeError)):
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-@contextlib.contextmanager
+@contextmanager
 def hold_folder(path):
     """Hold a run's folder; a second process waits here. Gives log(line): to log.txt and, on rank 0,
     to the screen."""
@@ -2365,7 +2403,7 @@ def hold_folder(path):
 
     with file:
         if RANK == 0 and fcntl is not None:
-            with contextlib.suppress(OSError):  # a drive without locks
+            with suppress(OSError):  # a drive without locks
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -2380,7 +2418,7 @@ def identity(cfg) -> dict:
     return {f.name: getattr(cfg, f.name) for f in fields(Settings)}
 
 
-def run_path(cfg) -> pathlib.Path:
+def run_path(cfg) -> Path:
     """A run's folder: below --out, named by what people vary and a checksum of all Settings (for
     --data folder also of the place)."""
     place = os.path.realpath(cfg.data_dir) if cfg.data == "folder" else ""
@@ -2388,7 +2426,7 @@ def run_path(cfg) -> pathlib.Path:
     ratio = "owncounts" if cfg.ir is None else f"ir{cfg.ir:g}"
     method = "teacher" if cfg.role == "teacher" else cfg.method
     words = [cfg.data, ratio, method, cfg.arch, f"seed{cfg.seed}", f"{digest:08x}"]
-    return pathlib.Path(cfg.out, "-".join(words))
+    return Path(cfg.out, "-".join(words))
 
 
 def environment(cfg) -> dict:
@@ -2410,8 +2448,9 @@ def open_run(cfg, data, path, log):
     own = identity(cfg) | {"images": data.crc32("train")}
     known = read_json(path / "config.json")
     if known.get("identity", own) != own:
-        remedy = "choose another --out"
-        raise UserError(f"{path} holds a run of other settings or training images: {remedy}")
+        raise UserError(
+            f"{path} holds a run of other settings or training images: choose another --out"
+        )
     about = environment(cfg)
     log(f"run {path}: " + ", ".join(f"{name} {value}" for name, value in about.items()))
     before = known.get("environment", about)["processes"]
@@ -2473,7 +2512,7 @@ def evaluate_run(cfg, data, path, log):
     if METHODS[cfg.method].teacher:
         files = dict(teacher=path / "teacher.pt") | files
     if cfg.checkpoint:
-        files = {cfg.checkpoint: pathlib.Path(cfg.checkpoint)}
+        files = {cfg.checkpoint: Path(cfg.checkpoint)}
     for name, file in files.items():
         its_cfg = teacher_config(cfg) if name == "teacher" else cfg
         evaluate_checkpoint(its_cfg, data, path, name, file, log)
@@ -2656,7 +2695,7 @@ class RunGroup:
 def read_run(path, cfg) -> RunGroup:
     """A folder's evaluations under the evaluation settings of cfg; UserError where there are
     none."""
-    remedy = "evaluate it with --stage eval, or name runs as in --stage report 'runs/*'"
+    remedy = "use --stage eval, or name runs as in --stage report 'runs/*'"
     if not (path / "results.json").exists():
         raise UserError(f"{path} holds no evaluation: {remedy}")
     damaged = (KeyError, TypeError, ValueError, AttributeError)
@@ -2672,7 +2711,7 @@ def read_run(path, cfg) -> RunGroup:
         records = read_json(path / "results.json")["evaluations"]
         records = [record for record in records if wanted.items() <= record.items()]
         if not records:
-            raise ValueError(f"none with {wanted}")
+            raise ValueError(wanted)
         return RunGroup(own, config["identity"], records)
 
 
@@ -2802,7 +2841,7 @@ def save_figure(folder, name, title, draws):
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(draws)
     )
-    path = pathlib.Path(folder, name)
+    path = Path(folder, name)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
@@ -2894,18 +2933,18 @@ def report_figures(settings, folder):
     robust = "aa" if all(s.values("aa") for s in settings) else "pgd"
     title = f"Best epoch, eps {settings[0].cfg.eval_eps:g}/255"
     note = "thin line: to the last epoch; x: the self-teacher; hollow: the paper's"
-    scatter = functools.partial(draw_scatter, settings=settings)
+    scatter = partial(draw_scatter, settings=settings)
     both = [("clean", robust), ("tail_clean", "tail_pgd")]
-    panels = [functools.partial(scatter, columns=pair) for pair in both]
+    panels = [partial(scatter, columns=pair) for pair in both]
     save_figure(folder, "scatter.png", f"{title}\n{note}", panels)
-    panels = [functools.partial(draw_classes, settings=settings, column=robust)]
+    panels = [partial(draw_classes, settings=settings, column=robust)]
     save_figure(folder, "classes.png", title, panels)
     for key in ("ir", "alpha", "gamma"):
         families = sweep_families(settings, key)
         if families:
-            sweep = functools.partial(draw_sweep, families=families, key=key)
+            sweep = partial(draw_sweep, families=families, key=key)
             both = [("clean", "pgd"), ("tail_clean", "tail_pgd")]
-            panels = [functools.partial(sweep, columns=pair) for pair in both]
+            panels = [partial(sweep, columns=pair) for pair in both]
             save_figure(folder, f"{key}.png", title, panels)
 
 
@@ -2921,8 +2960,10 @@ def theorem1(n, eta, eps, r) -> dict:
     outside these ranges."""
     possible = n == int(n) and n >= 1 and 1 <= r < math.inf
     if not possible or not 0 <= eps < eta < math.inf:
-        given = f"n {n}, eta {eta}, eps {eps}, r {r}"
-        raise ValueError(f"{given}: want whole n >= 1, 0 <= eps < eta and finite r >= 1")
+        raise ValueError(
+            f"n {n}, eta {eta}, eps {eps}, r {r}: "
+            "want whole n >= 1, 0 <= eps < eta and finite r >= 1"
+        )
     clean = math.sqrt(n) * eta
     attacked = math.sqrt(n) * (eta - eps)
     b_nat = math.log(r) / (2 * clean)
@@ -2981,7 +3022,7 @@ def draw_boundaries(ax, r):
 
 def theory_figures(folder):
     """Draw the paper's Figure 2 as folder/figure2.png."""
-    draws = [functools.partial(draw_boundaries, r=r) for r in (1, 2, 5)]
+    draws = [partial(draw_boundaries, r=r) for r in (1, 2, 5)]
     save_figure(folder, "figure2.png", "Optimal classifiers", draws)
 
 
@@ -3038,12 +3079,12 @@ def bench_core(cfg, batch, rounds):
         if name == "plain":
             model.to(memory_format=torch.contiguous_format)
             threat = (cfg.eps / 255, cfg.step_size / 255, cfg.steps)
-            attack = functools.partial(plain_attack, model, x, y, *threat)
+            attack = partial(plain_attack, model, x, y, *threat)
         else:
             x = x.to(memory_format=torch.channels_last)
-            attack = functools.partial(trainer.attack, x, y, None, torch.Generator(device))
+            attack = partial(trainer.attack, x, y, None, torch.Generator(device))
         variants["attack", name] = attack
-        variants["train_step", name] = functools.partial(train_step, trainer, attack, x, y)
+        variants["train_step", name] = partial(train_step, trainer, attack, x, y)
     seconds = timed(variants, rounds, device)
     result = dict(attack=[], train_step=[])
     for (part, name), took in seconds.items():
@@ -3069,7 +3110,7 @@ def bench_kernel(device):
         grad = torch.randn_like(x).bfloat16()
         arguments = (x.clone(), grad, x, 2 / 255, 8 / 255, x.bfloat16())
         for name, function in functions.items():
-            call = functools.partial(function, *arguments)
+            call = partial(function, *arguments)
             us = 1e3 * triton.testing.do_bench_cudagraph(call, return_mode="median")
             traffic = 8 if name == "copy" else 16  # bytes a value: 4+2+4 read and 4+2 written
             gb_s = traffic * x.numel() / us / 1e3
@@ -3088,9 +3129,9 @@ def bench_autoattack(cfg):
     budget = dict(nets=scoring_nets(model, cfg), iterations=5, queries=100)
     rows = []
     for name in AUTOATTACK:
-        ours = functools.partial(autoattack, model, x, y, eps=eps, attacks=[name], **budget)
+        ours = partial(autoattack, model, x, y, eps=eps, attacks=[name], **budget)
         variants = dict(ours_s=ours)
-        with contextlib.suppress(ImportError):
+        with suppress(ImportError):
             from pyautoattack import AutoAttack
 
             official = AutoAttack(model, eps=eps, device=cfg.device, verbose=False)
@@ -3098,7 +3139,7 @@ def bench_autoattack(cfg):
             for attack in (official.apgd, official.apgd_targeted, official.fab):
                 attack.n_iter = 5
             official.square.n_queries = 100
-            variants["official_s"] = functools.partial(official.run_standard_evaluation, x, y)
+            variants["official_s"] = partial(official.run_standard_evaluation, x, y)
         seconds = timed(variants, 1, device)
         rows.append(dict(attack=name, official_s=None) | seconds)
     return rows
@@ -3123,7 +3164,7 @@ def stage_bench(cfg):
             say(f"{part:<11} {', '.join(words)}")
     result["autoattack"] = {row.pop("attack"): row for row in result["autoattack"]}
     header = environment(cfg) | dict(attack_steps=cfg.steps)
-    write_json(pathlib.Path(cfg.out, "bench", "bench.json"), dict(header=header) | result)
+    write_json(Path(cfg.out, "bench", "bench.json"), dict(header=header) | result)
 
 
 # 13  Command line =================================================================================
@@ -3160,7 +3201,7 @@ def _read(f, text):
     values = []
     for part in parts:
         fits = False
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             value = f.type(os.path.expanduser(part.strip()))
             if choices:
                 fits = value in choices
@@ -3197,7 +3238,7 @@ def make_parser():
         if f.default is not None:
             help += f" ({f.default})"
         words = ",".join(choices_of(f)) or f.type.__name__.upper()
-        read = functools.partial(_read, f)
+        read = partial(_read, f)
         parser.add_argument(flag, type=read, metavar=words, help=help)
     return parser
 
@@ -3228,13 +3269,15 @@ def check_settings(cfg):
     row = METHODS[cfg.method]
     if cfg.official and cfg.data not in row.official_data:
         known = ", ".join(row.official_data) or "no data set"
-        said = f"{cfg.method} has published settings for {known}, not for {cfg.data}"
-        raise UserError(f"--official: {said}")
+        raise UserError(
+            f"--official: {cfg.method} has published settings for {known}, not for {cfg.data}"
+        )
     if cfg.stage == "teacher" and not row.teacher:
         raise UserError(f"--stage teacher: {cfg.method} has no teacher")
     if cfg.milestones and not re.fullmatch(r"(0?\.\d+|1)(,(0?\.\d+|1))*", cfg.milestones):
-        wanted = "shares of the epochs, as in 0.75,0.9"
-        raise UserError(f"--milestones {cfg.milestones!r}: want {wanted}")
+        raise UserError(
+            f"--milestones {cfg.milestones!r}: want shares of the epochs, as in 0.75,0.9"
+        )
     if cfg.attacks and not set(cfg.attacks.split(",")) <= set(ATTACKS):
         raise UserError(f"--attacks {cfg.attacks!r}: want a comma list of {', '.join(ATTACKS)}")
     for flag in ("eps", "step_size", "eval_eps", "eval_step_size"):
@@ -3341,7 +3384,7 @@ def tune_process(cfg):
     if cfg.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(cfg.device).index or 0)
     elif sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
+        with suppress(OSError, AttributeError):
             ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: no mapping below a GiB
             ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: give nothing back
 
@@ -3365,11 +3408,11 @@ def teacher_config(cfg) -> Config:
     return resolve(replace(cfg, **its_own))
 
 
-def find_teacher(cfg, data) -> pathlib.Path:
+def find_teacher(cfg, data) -> Path:
     """The file of the teacher that cfg asks for: --teacher, or the last epoch of a run of its own,
     which is trained now unless it is there. Every run below --out that asks for it shares it."""
     if cfg.teacher:
-        return pathlib.Path(cfg.teacher)
+        return Path(cfg.teacher)
     its_cfg = teacher_config(cfg)
     path = run_path(its_cfg)
     its_data = balanced_data(its_cfg, data) if its_cfg.role == "teacher" else data
@@ -3393,7 +3436,7 @@ def own_teacher(cfg, data, path, log):
             save_model(file, its_cfg, data, model, epoch)
             gather(None)
         if weights_crc32(load_net(its_cfg, data, file)[0]) != weights_crc32(model):
-            raise UserError(f"{path} has another teacher than {source}: choose another --out")
+            raise UserError(f"{file} differs from {source}: choose another --out")
     nets = load_net(its_cfg, data, file)[2]
     if cfg.compile != "off":
         halves = 1 if cfg.kd == "kl" else 2  # x' and x - d in one batch
@@ -3432,7 +3475,7 @@ def run_folders(patterns) -> list:
     folders = []
     for pattern in patterns:
         found = sorted(glob.glob(os.path.join(pattern, ""))) or [pattern]
-        folders += [path for path in map(pathlib.Path, found) if "-teacher-" not in path.name]
+        folders += [path for path in map(Path, found) if "-teacher-" not in path.name]
     return folders
 
 
@@ -3453,14 +3496,14 @@ def run_stages(configs):
         stage_bench(cfg)
     elif cfg.runs:
         folders = run_folders(cfg.runs)
-        report(folders, cfg, pathlib.Path(cfg.runs[0]).parent)
+        report(folders, cfg, Path(cfg.runs[0]).parent)
     else:
         if cfg.stage != "report":
             for one in configs:
                 run_one(one)
         several = len(configs) > 1 or cfg.figures
         if cfg.stage == "report" or (several and cfg.stage in ("eval", "all")):
-            report([run_path(one) for one in configs], cfg, pathlib.Path(cfg.out))
+            report([run_path(one) for one in configs], cfg, Path(cfg.out))
 
 
 def join_group():
@@ -3497,8 +3540,10 @@ def main(argv=None) -> int:
         text = f"error: {' '.join(str(error).split())}"
     except (MemoryError, torch.OutOfMemoryError) as error:
         code = 2
-        remedy = "try smaller batches, a smaller --gamma or --train-limit"
-        text = f"error: out of memory ({first_line(error)}): {remedy}"
+        text = (
+            f"error: out of memory ({first_line(error)}): "
+            "try smaller batches, a smaller --gamma or --train-limit"
+        )
     rank = f"rank {RANK}: " if WORLD > 1 else ""
     say(f"ltsd: {rank}{text}", file=sys.stderr)
     return code
