@@ -2331,14 +2331,12 @@ def save_examples(path, nets, images_u8, labels, count, log, *, eps, step_size, 
     x_adv = pgd_attack(nets[1], x, y, **threat)
     difference = (0.5 + 10 * (x_adv - x)).clamp(0, 1)
     triples = torch.stack([x, x_adv, difference], 1).flatten(0, 1)
+    with writing(path):
+        torchvision.utils.save_image(triples.cpu(), path, nrow=12)
     with torch.no_grad():
         clean = nets[1](x).argmax(1).tolist()
         attacked = nets[1](x_adv).argmax(1).tolist()
-    with writing(path):
-        torchvision.utils.save_image(triples.cpu(), path, nrow=12)
-    rows = zip(y.tolist(), clean, attacked)
-    said = ", ".join(f"{label}: {before} > {after}" for label, before, after in rows)
-    log(f"{path} (label: clean > attacked prediction) {said}")
+    log(f"{path}: labels {y.tolist()}, predicted {clean}, under attack {attacked}")
 
 
 # 10  Runs and report ==============================================================================
@@ -3428,16 +3426,17 @@ def own_teacher(cfg, data, path, log):
     the folder first; UserError where that has another one than --teacher."""
     its_cfg = teacher_config(cfg)
     file = path / "teacher.pt"
-    if cfg.teacher or not all(gather(file.exists())):
+    if not all(gather(file.exists())):
         source = find_teacher(cfg, data)
         model, epoch, _ = load_net(its_cfg, data, source)
-        if not all(gather(file.exists())):
-            log(f"teacher: a copy of {source}, weights crc32 {weights_crc32(model)}")
-            save_model(file, its_cfg, data, model, epoch)
-            gather(None)
-        if weights_crc32(load_net(its_cfg, data, file)[0]) != weights_crc32(model):
-            raise UserError(f"{file} differs from {source}: choose another --out")
-    nets = load_net(its_cfg, data, file)[2]
+        log(f"teacher: a copy of {source}, weights crc32 {weights_crc32(model)}")
+        save_model(file, its_cfg, data, model, epoch)
+        gather(None)
+    model, _, nets = load_net(its_cfg, data, file)
+    if cfg.teacher:
+        wanted, _, _ = load_net(its_cfg, data, cfg.teacher)
+        if weights_crc32(wanted) != weights_crc32(model):
+            raise UserError(f"{file} differs from {cfg.teacher}: choose another --out")
     if cfg.compile != "off":
         halves = 1 if cfg.kd == "kl" else 2  # x' and x - d in one batch
         nets[0].speed_up(cfg.batch_size // WORLD * halves)
