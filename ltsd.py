@@ -35,19 +35,19 @@ import itertools
 import json
 import math
 import re
-import struct
 import sys
 import time
 import warnings
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
+from pprint import pformat
 
 import numpy as np
 import torch
@@ -84,10 +84,10 @@ class UserError(ValueError):
 
 
 def first_line(error):
-    """What an error says in its first line; torch's unpickler begins with general advice."""
+    """What an error says in its first line, without what torch says before the reason."""
     reason = getattr(error, "strerror", None) or str(error)
-    reason = reason.rpartition("WeightsUnpickler error: ")[2].strip()
-    return reason.partition("\n")[0][:60] or "no reason given"
+    reason = re.sub("(?s).*(WeightsUnpickler error|state_dict for Net):", "", reason)
+    return reason.strip().partition("\n")[0][:60] or "no reason given"
 
 
 @contextmanager
@@ -138,11 +138,10 @@ def average_over_ranks(tensors):
     """Replace tensors of one dtype by their mean over the ranks, in one collective."""
     if WORLD == 1 or not tensors:
         return
-    flat = torch.cat([tensor.flatten() for tensor in tensors]) / WORLD
+    flat = torch._utils._flatten_dense_tensors(tensors) / WORLD
     dist.all_reduce(flat)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts):
-        tensor.copy_(part.view(tensor.shape))
+    means = torch._utils._unflatten_dense_tensors(flat, tensors)
+    torch._foreach_copy_(tensors, means)
 
 
 # 2  Config ========================================================================================
@@ -213,7 +212,7 @@ class Config(Settings):
     std: str = _flag(None, "see --mean; three numbers each, as in 0.49,0.48,0.45")
     examples: int = _count(None, "evaluated images to save, clean and attacked, as a PNG")
     figures: str = _flag(None, "folder for figures of the table or the theory")
-    runs: tuple = _flag((), "run folders for --stage report (the runs that these flags name)")
+    runs: tuple = ()  # no flag: run folders for --stage report (else those that the flags name)
 
 
 COMMON = dict(
@@ -323,6 +322,11 @@ def trades_loss(logits, logits_adv, y, beta=6.0) -> Tensor:
     return F.cross_entropy(logits, y) + beta * _kl(logits, logits_adv)
 
 
+def of_class(values, y):
+    """values[i, y[i]] of every row i."""
+    return values.gather(1, y[:, None])[:, 0]
+
+
 def mart_loss(logits, logits_adv, y, beta=6.0) -> Tensor:
     """MART (Wang et al. 2020): mean[CE(z(x'), y) - ln(1.0001 - p_k(x') + 1e-12)] + beta *
     mean[KL(p(x) || p(x')) * (1.0000001 - p_y(x))], k the most probable class of x' but y; the KL
@@ -333,7 +337,7 @@ def mart_loss(logits, logits_adv, y, beta=6.0) -> Tensor:
     rival = adv.scatter(1, y[:, None], 0.0).amax(1)
     boosted = F.cross_entropy(logits_adv, y) - (1.0001 - rival + 1e-12).log().mean()
     divergence = F.kl_div((adv + 1e-12).log(), clean, reduction="none", log_target=True).sum(1)
-    unsure = 1.0000001 - clean.gather(1, y[:, None])[:, 0].exp()
+    unsure = 1.0000001 - of_class(clean, y).exp()
     return boosted + beta * (divergence * unsure).mean()
 
 
@@ -406,13 +410,12 @@ def awp_perturbation(model, loss_fn, gamma):
         for w, g in zip(weights, gradients):
             step = g * (gamma * w.norm() / (g.norm() + 1e-20))
             steps.append(step.nan_to_num_(0, 0, 0))
-            w.add_(steps[-1])
+        torch._foreach_add_(weights, steps)
     try:
         yield
     finally:
         with torch.no_grad():
-            for w, step in zip(weights, steps):
-                w.sub_(step)
+            torch._foreach_sub_(weights, steps)
 
 
 @dataclass
@@ -577,11 +580,10 @@ if triton:
         adv_ptr,  # [n] float32, overwritten
         grad_ptr,  # [n] any float type
         x_ptr,  # [n] float32
-        low_ptr,  # [n] any float type, written if LOW
+        low_ptr,  # [n] any float type, overwritten; adv_ptr itself where no copy is wanted
         n,
         step_size,
         eps,
-        LOW: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -589,15 +591,12 @@ if triton:
         x_adv = tl.load(adv_ptr + offsets, mask=mask)
         grad = tl.load(grad_ptr + offsets, mask=mask).to(tl.float32)
         x = tl.load(x_ptr + offsets, mask=mask)
-        step_size = tl.cast(step_size, tl.float32)  # Inductor hands floats over as float64
-        eps = tl.cast(eps, tl.float32)
         sign = (grad > 0).to(tl.float32) - (grad < 0).to(tl.float32)
         moved = x_adv + step_size * sign
         projected = tl.minimum(tl.maximum(moved, x - eps), x + eps)
         result = tl.minimum(tl.maximum(projected, 0.0), 1.0)
         tl.store(adv_ptr + offsets, result, mask=mask)
-        if LOW:
-            tl.store(low_ptr + offsets, result.to(low_ptr.dtype.element_ty), mask=mask)
+        tl.store(low_ptr + offsets, result.to(low_ptr.dtype.element_ty), mask=mask)
 
 
 STEP_BLOCK = 1024  # 4 warps of 32 threads take 8 values each: two 16-byte float32 loads, one 16-bit
@@ -630,7 +629,7 @@ def pgd_step(x_adv, grad, x, step_size, eps, out_low=None) -> Tensor:
         n = x.numel()
         with torch.cuda.device_of(x):
             kernel = _pgd_step_kernel[(triton.cdiv(n, STEP_BLOCK),)]
-            kernel(x_adv, grad, x, low, n, step_size, eps, low is not x_adv, STEP_BLOCK)
+            kernel(x_adv, grad, x, low, n, step_size, eps, STEP_BLOCK)
     else:
         with torch.no_grad():
             x_adv.copy_(pgd_step_reference(x_adv, grad, x, step_size, eps))
@@ -700,7 +699,7 @@ class FrozenCopy(nn.Module):
         self.compiled = torch.compile(self.net, dynamic=False)
         self.compiled_sizes = sizes
         if self.overflows.is_cuda:
-            self.graphs = GraphCache(pixels_differ)
+            self.graphs = {}
         return self
 
     def forward(self, x):
@@ -710,17 +709,16 @@ class FrozenCopy(nn.Module):
 
 def capture_cuda_graph(function, inputs):
     """Warm up and capture function(*inputs) as a CUDA graph -> (what replays it, its result)."""
-    with torch.cuda.device(inputs[0].device):
-        side = torch.cuda.Stream()
-        graph = torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # also sets the stream back where capturing fails
-            for _ in range(3):
-                function(*inputs)
-            # thread_local: NCCL's own thread may call CUDA meanwhile
-            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                result = function(*inputs)
-        torch.cuda.current_stream().wait_stream(side)
+    side = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # also sets the stream back where capturing fails
+        for _ in range(3):
+            function(*inputs)
+        # thread_local: NCCL's own thread may call CUDA meanwhile
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            result = function(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
     return graph.replay, result
 
 
@@ -729,46 +727,36 @@ def pixels_differ(got, wanted):
     return not (got[0] != wanted[0]).float().mean() <= 0.01
 
 
-class GraphCache:
-    """Functions of tensors as CUDA graphs: one for each key and each shape of the inputs, so that
-    an evaluation does not push out the training's. A graph is captured at its first call, on other
-    values than it then replays (so that a value frozen into it is found), and compared with the
-    function itself: RuntimeError where
-    differ(got, wanted) says so. updates(): the tensors that the functions change in place."""
+def call_graphed(graphs, key, function, inputs, differ, updates=tuple):
+    """function(*inputs), a tuple of tensors, valid until the next call, by a CUDA graph. The dict
+    `graphs` keeps one for each key and each shape of the inputs, so that an evaluation does not
+    push out the training's. A graph is captured at its first call, on ones (so that a value frozen
+    into it is found), and compared with the function itself: RuntimeError where differ(got, wanted)
+    says so of the two results, each followed by the changes of updates(), the tensors that the
+    function changes in place."""
+    key = (key, *[tensor.shape for tensor in inputs])
+    if key in graphs:
+        return graphs[key](*inputs)
+    updated = updates()
+    before = [tensor.clone() for tensor in updated]
+    buffers = [torch.ones_like(tensor) for tensor in inputs]
+    replay, result = capture_cuda_graph(function, buffers)
 
-    def __init__(self, differ, updates=tuple):
-        self.differ = differ
-        self.updates = updates
-        self.graphs = {}
-
-    def call(self, key, function, inputs):
-        """function(*inputs), a tuple of tensors, valid until the next call."""
-        key = (key, *[tensor.shape for tensor in inputs])
-        if key not in self.graphs:
-            return self._first_call(key, function, inputs)
-        return self.graphs[key](*inputs)
-
-    def _first_call(self, key, function, inputs):
-        updated = self.updates()
-        before = [tensor.clone() for tensor in updated]
-        buffers = [tensor.roll(1, 0) if tensor.dim() else tensor / 2 for tensor in inputs]
-        replay, result = capture_cuda_graph(function, buffers)
-
-        def replayed(*inputs):
-            torch._foreach_copy_(buffers, inputs)
-            replay()
-            return result
-
-        outcomes = []
-        for run in (function, replayed):
-            for tensor, value in zip(updated, before):
-                tensor.copy_(value)
-            outcome = [tensor.clone() for tensor in run(*inputs)]
-            outcomes.append(outcome + [new - old for new, old in zip(updated, before)])
-        if self.differ(outcomes[1], outcomes[0]):
-            raise RuntimeError("a CUDA graph differs from what it was captured from")
-        self.graphs[key] = replayed
+    def replayed(*inputs):
+        torch._foreach_copy_(buffers, inputs)
+        replay()
         return result
+
+    outcomes = []
+    for run in (function, replayed):
+        for tensor, value in zip(updated, before):
+            tensor.copy_(value)
+        outcome = [tensor.clone() for tensor in run(*inputs)]
+        outcomes.append(outcome + [new - old for new, old in zip(updated, before)])
+    if differ(outcomes[1], outcomes[0]):
+        raise RuntimeError("a CUDA graph differs from what it was captured from")
+    graphs[key] = replayed
+    return result
 
 
 @contextmanager
@@ -841,7 +829,7 @@ def pgd_attack(
     settings = (objective or cross_entropy_objective, eps, step_size, steps)
     ascend = partial(_ascend, net, *settings)
     if net.graphs is not None and len(x) in net.compiled_sizes:
-        return net.graphs.call(settings, ascend, inputs)[0]
+        return call_graphed(net.graphs, settings, ascend, inputs, pixels_differ)[0]
     with eval_mode(net):
         return ascend(*inputs)[0]
 
@@ -867,19 +855,16 @@ class ForeignNet(nn.Module):
         return logits
 
 
-def gradient_scale(net, count=1):
-    """What an objective, a mean over `count` images, is multiplied with before its gradient: fp16
-    flushes to zero what is below 6e-8, as a confident image's gradient is."""
-    if getattr(net, "dtype", torch.float32) == torch.float16:
-        return 2.0**10 * count
-    return 1.0
+# What the objective of an image is multiplied with before its gradient is taken: fp16 flushes to
+# zero what is below 6e-8, as a confident image's gradient is. Elsewhere it changes no digit.
+GRADIENT_SCALE = 2.0**10
 
 
 def _ascend(forward, objective, eps, step_size, steps, x, y, start, aux=None):
     """(last iterate,) of the attack's steps from `start`; forward: images in its own `dtype`, by
     default float32, -> float32 logits."""
     dtype = getattr(forward, "dtype", torch.float32)
-    scale = gradient_scale(forward, len(x))
+    scale = GRADIENT_SCALE * len(x) if dtype == torch.float16 else 1.0  # the objective is a mean
     x_adv = start.clone()
     low = x_adv.to(dtype)  # x_adv itself where that is float32
     for _ in range(steps):
@@ -923,15 +908,14 @@ class Trainer:
     optimiser and, compiled, what speeds both up, for whole batches only. The model itself stays as
     it is: what is saved has no trace of the compiler."""
 
-    def __init__(self, cfg, model, counts, teachers=(None, None)):
-        """teachers: (fast, exact), images -> logits, by copies that need no gradients."""
+    def __init__(self, cfg, model, counts, teacher=None):
+        """teacher: images -> logits, by a copy that needs no gradients."""
         self.cfg = cfg
         self.model = model
         self.row = METHODS[cfg.method]
         self.counts = torch.tensor(counts, dtype=torch.float32, device=cfg.device)
         self.whole_batch = cfg.batch_size // WORLD
-        fast_teacher, exact_teacher = teachers
-        self.teacher = exact_teacher if cfg.amp == "off" else fast_teacher
+        self.teacher = teacher
         dtype = AMP_DTYPE[cfg.amp] if self.row.low_precision else torch.float32
         self.frozen = FrozenCopy(model, dtype)
         self.optimizer = torch.optim.SGD(
@@ -944,7 +928,7 @@ class Trainer:
             self.frozen.speed_up(self.whole_batch)
         if self.frozen.graphs is not None and WORLD == 1:
             # at batch 32 the host would need longer for the optimiser's step than the device
-            self.graphs = GraphCache(self.steps_differ, self.updated_tensors)
+            self.graphs = {}
             for parameter in model.parameters():  # momentum stays where the graph looks for it
                 zero = torch.zeros_like(parameter)  # the same as none
                 self.optimizer.state[parameter] = {"momentum_buffer": zero}
@@ -994,7 +978,9 @@ class Trainer:
             return self._eager_step(x, x_adv, y, alpha, lr)
         alpha = torch.full((), alpha, device=x.device)
         lr = torch.full((), lr, device=x.device)
-        return self.graphs.call("step", self._eager_step, [x, x_adv, y, alpha, lr])
+        inputs = [x, x_adv, y, alpha, lr]
+        checks = (self.steps_differ, self.updated_tensors)
+        return call_graphed(self.graphs, "step", self._eager_step, inputs, *checks)
 
     def _eager_step(self, x, x_adv, y, alpha, lr):
         settings = self.optimizer.param_groups[0]
@@ -1003,38 +989,41 @@ class Trainer:
         batch = Batch(self.student, x, x_adv, y, self.counts, self.cfg, alpha, self.teacher)
         return outer_step(self.row, batch, self.model, self.optimizer)
 
-    def state(self):
-        """Network and optimiser, as `load` takes them."""
-        return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
 
-    def load(self, state):
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+def fall_back(task):
+    """A task(cfg, data, path, log, ...) that begins again, from what it has saved, with a plainer
+    Config: in float32 where a lower precision overflows, uncompiled where compiled code or a graph
+    fails. An error is raised where neither is to blame, and as a UserError under --compile on."""
+
+    @wraps(task)
+    def persistent(cfg, data, path, log, *more):
+        try:
+            return task(cfg, data, path, log, *more)
+        except OverflowError:
+            log(f"{cfg.amp} overflows: again, by float32 from here on")
+            plainer = replace(cfg, amp="off", compile="off")
+        except Exception as error:
+            if cfg.compile == "off" or isinstance(error, (UserError, torch.OutOfMemoryError)):
+                raise
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            if cfg.compile == "on" or WORLD > 1:  # one rank alone cannot begin again
+                raise UserError(f"compiling fails here, try --compile off ({reason})") from error
+            log(f"again, uncompiled from here on ({reason})")
+            plainer = replace(cfg, compile="off")
+        return persistent(plainer, data, path, log, *more)
+
+    return persistent
 
 
-def plainer(cfg, error, log) -> Config:
-    """The Config to repeat with what `error` has stopped: without float16 where that overflows,
-    uncompiled where compiled code or a graph fails. The error is raised where neither is to blame,
-    and as a UserError under --compile on."""
-    if isinstance(error, OverflowError):
-        log("float16 overflows: again, by float32 from here on")
-        return replace(cfg, amp="off", compile="off")
-    if cfg.compile == "off" or isinstance(error, (UserError, torch.OutOfMemoryError)):
-        raise error
-    reason = f"{type(error).__name__}: {first_line(error)}"
-    if cfg.compile == "on" or WORLD > 1:  # one rank alone cannot begin again
-        raise UserError(f"compiling fails here, try --compile off ({reason})") from error
-    log(f"again, uncompiled from here on ({reason})")
-    return replace(cfg, compile="off")
-
-
-def train(cfg, data, path, log, teachers=(None, None)):
+@fall_back
+def train(cfg, data, path, log):
     """Train a Net as cfg says on `data`, from the folder's state.pt on where there is one.
 
-    data: Data on the training device; path: the run's folder; log: called with a line of text;
-    teachers: (fast, exact), images -> logits. Writes state.pt as it goes, a student's best.pt when
-    it is found, and last.pt at the end. Every epoch draws from generators of its own, so that a run
-    that goes on needs no state of a generator. UserError when the loss is no longer finite.
+    data: Data on the training device; path: the run's folder, with teacher.pt where the method
+    needs one; log: called with a line of text. Writes state.pt after every epoch, a student's
+    best.pt when it is found, and last.pt at the end. Every epoch draws from generators of its own,
+    so that a run that goes on needs no state of a generator. UserError when the loss is no longer
+    finite.
 
     Under torchrun the ranks share batches as DistributedSampler would: equal shares, the last batch
     filled up from the epoch's first images. Batch statistics and REAT's pairs are a share's own."""
@@ -1042,49 +1031,40 @@ def train(cfg, data, path, log, teachers=(None, None)):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(cfg.seed, cfg.role, "weights"))
         model = build_model(cfg.arch, len(data.classes), head).to(cfg.device)
-    trainer = Trainer(cfg, model, data.counts, teachers)
+    teacher = None
+    if METHODS[cfg.method].teacher:
+        _, _, (teacher, _) = load_net(teacher_config(cfg), data, path / "teacher.pt")
+        if cfg.compile != "off":
+            halves = 1 if cfg.kd == "kl" else 2  # x' and x - d in one batch
+            teacher.speed_up(cfg.batch_size // WORLD * halves)
+    trainer = Trainer(cfg, model, data.counts, teacher)
     # what is true after the last complete epoch; predicted: how often each class was, at x'
-    state = dict(epoch=0, seconds=0.0, best=-1.0, predicted=trainer.counts.double().cpu())
+    state = dict(epoch=0, best=-1.0, predicted=trainer.counts.double().cpu())
     state |= load_state(path, trainer, log)
     sizes = f"{data.counts[0]} to {data.counts[-1]} a class"
     log(f"{cfg.role}: {cfg.method} on {len(data.train_labels)} images, {sizes}")
     milestones = [float(share) for share in cfg.milestones.split(",")]
     nets = None
-    written = -math.inf
     for epoch in range(state["epoch"] + 1, cfg.epochs + 1):
         began = time.perf_counter()
         lr = lr_at(epoch, cfg.epochs, cfg.lr, milestones)
-        before = copy.deepcopy(trainer.state())
-        result = None
-        while result is None:
-            try:
-                result = train_epoch(trainer, data, epoch, lr, state["predicted"], log)
-            except Exception as error:
-                trainer = Trainer(plainer(trainer.cfg, error, log), model, data.counts, teachers)
-                trainer.load(before)
+        result = train_epoch(trainer, data, epoch, lr, state["predicted"], log)
         loss, accuracy, state["predicted"] = result
-        state["seconds"] += time.perf_counter() - began
         state["epoch"] = epoch
         line = f"{cfg.role} {epoch:>4}/{cfg.epochs:<4} lr {lr:<7.2g} loss {loss:8.4f}"
-        line += f"  train {accuracy:6.2f}  {state['seconds'] / epoch:7.1f} s/epoch"
+        line += f"  train {accuracy:6.2f}  {time.perf_counter() - began:7.1f} s"
         if cfg.role == "student" and (lr < cfg.lr or epoch == cfg.epochs):
-            nets = nets or scoring_nets(model, trainer.cfg, data.counts)
-            try:
-                scores = select(cfg, data, model, nets)
-            except Exception as error:
-                nets = scoring_nets(model, plainer(trainer.cfg, error, log), data.counts)
-                scores = select(cfg, data, model, nets)
+            nets = nets or scoring_nets(model, cfg, data.counts)
+            scores = select(cfg, data, model, nets)
             score = scores["pgd" if trainer.row.objective else "clean"]
             line += "  test " + "  ".join(f"{name} {scores[name]:6.2f}" for name in scores)
             if score > state["best"]:
                 line += "  *"
                 state["best"] = score
                 save_model(path / "best.pt", cfg, data, model, epoch)
-                written = -math.inf  # state.pt knows of every best.pt
         log(line)
-        if time.perf_counter() - written > 30:
-            write_atomic(path / "state.pt", state | trainer.state())
-            written = time.perf_counter()
+        networks = dict(model=model.state_dict(), optimizer=trainer.optimizer.state_dict())
+        write_atomic(path / "state.pt", state | networks)
     save_model(path / "last.pt", cfg, data, model, cfg.epochs)
     gather(None)  # it is there before another rank asks for it
 
@@ -1120,15 +1100,13 @@ def train_epoch(trainer, data, epoch, lr, predicted_before, log):
         if step == 1:  # which also compiles
             began = time.perf_counter()
         elif step % 50 == 0 or step == 5:  # seldom: reading waits for the device
-            total, _ = read_sums(trainer, sums, where)
-            mean_loss = total / step / cfg.batch_size
+            read_sums(trainer, sums, where)
             seconds = (time.perf_counter() - began) / (step - 1)
             left = len(parts) * (cfg.epochs - epoch + 1) - step
             time_left = timedelta(seconds=round(left * seconds))
             if epoch == 1 and step == 5:
                 log(f"{cfg.role}: this training takes about {time_left} on this device")
-            rate = cfg.batch_size / seconds
-            show_progress(f"{where}: loss {mean_loss:.3f}  {rate:.0f} img/s  ETA {time_left}")
+            show_progress(f"{where}, step {step}/{len(parts)}: ETA {time_left}")
     show_progress()
     total, hits = read_sums(trainer, sums, where)
     predicted = sum(gather(predicted.double().cpu()))
@@ -1137,12 +1115,11 @@ def train_epoch(trainer, data, epoch, lr, predicted_before, log):
 
 def read_sums(trainer, sums, where):
     """Loss and hits summed over the ranks. UserError for a loss that is not finite; OverflowError
-    where float16 may be to blame."""
+    where a low precision may be to blame."""
     sums = torch.cat([sums, trainer.frozen.overflows.view(1)])
     total, hits, overflows = np.sum(gather(sums.tolist()), axis=0)
     finite = math.isfinite(total)  # a NaN stays in a sum
-    dtypes = (trainer.frozen.dtype, getattr(trainer.teacher, "dtype", None))
-    if torch.float16 in dtypes and (overflows or not finite):
+    if overflows or (trainer.cfg.amp != "off" and not finite):
         raise OverflowError
     if not finite:
         raise UserError(
@@ -1156,16 +1133,19 @@ def select(cfg, data, model, nets):
     for net in set(nets):
         net.refresh()
     attacks = ["clean", "pgd"] if METHODS[cfg.method].objective else ["clean"]
-    eps = (cfg.eps or 0) / 255
-    options = dict(attacks=attacks, eps=eps, seed=cfg.seed, nets=nets)
-    scores = evaluate(model, data.test_images, data.test_labels, **options)
+    scores = evaluate(
+        model,
+        data.test_images,
+        data.test_labels,
+        attacks=attacks,
+        eps=(cfg.eps or 0) / 255,
+        seed=cfg.seed,
+        nets=nets,
+    )
     return {name: scores[name] for name in attacks}
 
 
 # 6  Data ==========================================================================================
-UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
-
-
 @dataclass
 class Data:
     """A training and a test set: uint8 NCHW images, int64 labels, class 0 the most frequent: where
@@ -1363,86 +1343,72 @@ def load_tinyimagenet(data_dir) -> Data:
     validation set, labelled by val_annotations.txt. UserError where images are missing."""
     root = Path(data_dir, "tiny-imagenet-200")
     annotations = root / "val" / "val_annotations.txt"
-    if not annotations.exists() or len(list(root.glob("train/n*"))) < 200:
+    train, _ = _pictures(root / "train")
+    if not annotations.exists() or len(set(train.values())) < 200:
         with _fetching("tiny-imagenet-200.zip", data_dir):
             download_and_extract_archive(TINY_URL, data_dir, md5=TINY_MD5)
+        train, _ = _pictures(root / "train")
+    test = {}
     remedy = "delete this folder, and it is unpacked again"
     with blaming(f"{root} is incomplete: {remedy}", (OSError, LookupError, ValueError)):
-        train = _PictureFolder(root / "train")
-        test = []
         for line in annotations.read_text().splitlines():
             words = line.split()  # file name, wnid, a box
-            test.append((f"{root}/val/images/{words[0]}", train.class_to_idx[words[1]]))
-    missing = 110_000 - len(train.samples) - len(test)
-    if missing > 0:
-        say(f"{root} lacks {missing} of 110000 images: {remedy}")
-    return _read_images(train.samples, test, train.classes, 64, root / ".ltsd.pt")
+            test[f"{root}/val/images/{words[0]}"] = words[1]
+        missing = 110_000 - len(train) - len(test)
+        if missing > 0:
+            say(f"{root} lacks {missing} of 110000 images: {remedy}")
+        return _read_images(train, test, sorted(set(train.values())), 64, root / ".ltsd.pt")
 
 
-class _PictureFolder(torchvision.datasets.ImageFolder):
-    """An ImageFolder without the files and folders whose name begins with a dot; `unread` counts
-    the other files that it passes over."""
-
-    def __init__(self, root):
-        self.unread = 0
-        super().__init__(str(root), is_valid_file=self.takes)
-
-    def find_classes(self, directory):
-        found, _ = super().find_classes(directory)
-        classes = [name for name in found if not name.startswith(".")]
-        return classes, dict(zip(classes, itertools.count()))
-
-    def takes(self, path):
-        if os.sep + "." in path.removeprefix(self.root):
-            return False
-        is_image = torchvision.datasets.folder.is_image_file(path)
-        if not is_image:
-            self.unread += 1
-        return is_image
+def _pictures(root):
+    """({path: class} of the images in root/CLASS/ and below, sorted; how many files of other types
+    lie beside them). glob passes over what begins with a dot."""
+    pictures = {}
+    unread = 0
+    for path in sorted(map(Path, glob.glob("*/**", root_dir=root, recursive=True))):
+        if torchvision.datasets.folder.is_image_file(path.name):
+            pictures[str(root / path)] = path.parts[0]
+        elif (root / path).is_file():
+            unread += 1
+    return pictures, unread
 
 
 def load_folder(data_dir, size) -> Data:
-    """Images of data_dir/train/CLASS/ and data_dir/test/CLASS/ (val/ where test/ has no folder of a
-    class), as torchvision's ImageFolder finds them, scaled to `size` pixels. Classes are ordered by
-    training count, most frequent first, ties by name. UserError for another layout."""
+    """Images of data_dir/train/CLASS/ and data_dir/test/CLASS/ (val/ where test/ has no image of a
+    class), scaled to `size` pixels. Classes are ordered by training count, most frequent first,
+    ties by name. UserError for another layout."""
     root = Path(data_dir)
-    wanted = f"--data-dir {data_dir}: want DIR/train/CLASS/* and DIR/test/CLASS/*"
-    with blaming(wanted, (OSError, ValueError)):
-        train = _PictureFolder(root / "train")
-        names = train.classes
-        has_test = any((root / "test" / name).is_dir() for name in names)
-        test = _PictureFolder(root / ("test" if has_test else "val"))
-    if names != test.classes or len(names) < 2:
-        odd = sorted(set(names) ^ set(test.classes)) or names
+    train, unread = _pictures(root / "train")
+    test, unread_tests = _pictures(root / "test")
+    counts = Counter(train.values())
+    if counts.keys().isdisjoint(test.values()):
+        test, unread_tests = _pictures(root / "val")
+    unlike = sorted(counts.keys() ^ test.values())
+    if unlike or len(counts) < 2:
         raise UserError(
-            f"--data-dir {data_dir}: train and test need the same classes, two or more; "
-            f"unlike: {odd[:3]}"
+            f"--data-dir {data_dir}: want DIR/train/CLASS/* and DIR/test/CLASS/*, the same classes "
+            f"in both, two or more; unlike: {unlike[:3]}"
         )
-    unread = train.unread + test.unread
+    unread += unread_tests
     if unread > 0:
         say(f"--data-dir {data_dir}: {unread} files beside the images are of types not read here")
-    data = _read_images(train.samples, test.samples, names, size, root / f".ltsd-{size}.pt")
-    order = np.argsort(-np.bincount(train.targets), kind="stable")
-    new_label = torch.from_numpy(np.argsort(order))
-    data.train_labels = new_label[data.train_labels]
-    data.test_labels = new_label[data.test_labels]
-    data.classes = [names[i] for i in order]
-    return data
+    classes = sorted(counts, key=counts.get, reverse=True)
+    return _read_images(train, test, classes, size, root / f".ltsd-{size}.pt")
 
 
 def _read_images(train, test, classes, size, cache) -> Data:
-    """Decode two lists of (path, label). The tensors are kept in the file `cache`, which is made
-    again when an image is added, removed or changed."""
-    key = _fingerprint(train + test)
+    """Decode the images of two {path: class}. The tensors are kept in the file `cache`, which is
+    made again when an image is added, removed or changed."""
+    pictures = train | test
+    key = _fingerprint(pictures)
     with suppress(UserError):  # a missing or broken cache is made again
         saved = read_checkpoint(cache)
         if saved["key"] == key:
             return Data(**saved["data"])
-    paths, labels = zip(*train, *test)
     with ThreadPoolExecutor() as pool:
-        pixels = list(pool.map(_decode, paths, itertools.repeat(size)))
+        pixels = list(pool.map(_decode, pictures, itertools.repeat(size)))
     images = _to_nchw(np.stack(pixels))
-    labels = torch.tensor(labels)
+    labels = torch.tensor([classes.index(name) for name in pictures.values()])
     n = len(train)
     data = Data(images[:n], labels[:n], images[n:], labels[n:], classes)
     with suppress(UserError):  # data on a read-only drive: no cache
@@ -1450,20 +1416,21 @@ def _read_images(train, test, classes, size, cache) -> Data:
     return data
 
 
-def _fingerprint(samples):
-    """Checksum of the paths, labels, sizes and times (a change within a second counts)."""
+def _fingerprint(pictures):
+    """Checksum of the paths, classes, sizes and times (a change within a second counts)."""
     rows = []
-    for path, label in samples:
+    for path, name in pictures.items():
         with blaming(f"{path} is gone: restore it, or unpack the data again", OSError):
             about = os.stat(path)
-        rows.append((path, label, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
+        rows.append((path, name, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
     return zlib.crc32(repr(rows).encode())
 
 
 def _decode(path, size):
     """The centre square of an image file, upright, on white where it is transparent, scaled: uint8
     [size,size,3]. UserError where it cannot be read."""
-    with blaming(f"{path} is not a readable image: remove or replace it", UNREADABLE):
+    # a damaged picture can raise any
+    with blaming(f"{path} is not a readable image: remove or replace it", Exception):
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
         if image.mode in ("I", "F"):
@@ -1581,14 +1548,12 @@ class WideBlock(PreActBlock):
         return self.convShortcut(out)
 
 
-class CosineHead(nn.Module):
+class CosineHead(nn.Linear):
     """RoBal's classifier: scale * <f/|f|, w_c/(|w_c| + offset)> - adjustment_c; while training,
     scale is 1 and adjustment 0."""
 
     def __init__(self, width, num_classes):
-        super().__init__()
-        bound = width**-0.5
-        self.weight = nn.Parameter(torch.empty(num_classes, width).uniform_(-bound, bound))
+        super().__init__(width, num_classes, bias=False)
         self.offset = 1 / 32 if num_classes <= 10 else 1 / 16  # RoBal-R's two settings
         self.scale = 1.0
         self.register_buffer("adjustment", torch.zeros(num_classes), persistent=False)
@@ -1691,7 +1656,7 @@ def _initialise_as_published(module):
     """The public WRN's initialisation; the other networks keep PyTorch's."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, nn.Linear):
+    elif isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
 
 
@@ -1738,33 +1703,24 @@ def load_weights(model, path, classes=None):
     and '_orig_mod.', and the unused 'sub_block1' of public WRNs. classes: names in the order that
     the outputs are wanted in; a checkpoint without names is taken to have them in alphabetical
     order. UserError where names or shapes do not fit, or weights are not finite."""
-    saved = read_checkpoint(path)
-    about = saved if isinstance(saved, dict) else {}
-    weights = about
-    for key in ("net", "model", "state_dict"):
-        weights = about.get(key, weights)
-    filled = isinstance(weights, dict) and weights != {}
-    if not filled or not all(map(torch.is_tensor, weights.values())):
-        raise UserError(
-            f"{path} holds no state_dict: want one, bare or under 'state_dict', 'model' or 'net'"
-        )
+    about = weights = read_checkpoint(path)
     own = {}
     for name, tensor in model.state_dict().items():
         if name.startswith("normalize."):  # theirs do not know of it
             own[name] = tensor
-    for name, tensor in weights.items():
-        name = str(name).replace("module.", "").replace("_orig_mod.", "")
-        if not tensor.isfinite().all():
-            raise UserError(f"{path} holds NaN or infinite weights, of a training that diverged")
-        if not name.startswith("sub_block1"):
-            own[name] = tensor
-    try:
+    wanted = "want one, bare or under 'state_dict', 'model' or 'net'"
+    with blaming(f"{path} holds no state_dict: {wanted}", (AttributeError, TypeError)):
+        for key in ("state_dict", "model", "net"):
+            weights = weights.get(key, weights)
+        for name, tensor in weights.items():
+            name = str(name).replace("module.", "").replace("_orig_mod.", "")
+            if not tensor.isfinite().all():
+                raise UserError(f"{path} holds NaN or infinity, of a training that diverged")
+            if not name.startswith("sub_block1"):
+                own[name] = tensor
+    fits = f"{path} does not fit the network: check --arch, --data and --method"
+    with blaming(fits, RuntimeError):
         model.load_state_dict(own)
-    except RuntimeError as error:
-        reason = first_line(str(error).partition("\n")[2])
-        raise UserError(
-            f"{path} does not fit the network: check --arch, --data and --method ({reason})"
-        ) from error
     if classes is not None:
         _sort_outputs(model, path, about.get("classes"), list(classes))
     epoch = about.get("epoch")
@@ -1789,15 +1745,9 @@ def _sort_outputs(model, path, names, classes):
 # 8  AutoAttack ====================================================================================
 # Own code from the papers, in the maximum norm only. An attack is a function of the `points` that
 # it attacks together; it looks at images through points.gradient and points.margin alone, which
-# also judge them. A fifth attack: write the function, append its name here (the place in this tuple
-# seeds its draws), and add a case to `attack_plan`.
-AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
+# also judge them. A fifth attack: write the function and append it to `ATTACK_OF`, where its place
+# seeds its draws.
 FLOATS = (torch.float32, torch.float64)
-
-
-def batches(rows, size):
-    """rows in parts of `size`; no part for no rows, where split has an empty one."""
-    return rows.split(size) if len(rows) else ()
 
 
 def image_like(rows):
@@ -1808,16 +1758,12 @@ def image_like(rows):
 def margin(logits, y):
     """z_y - max of the others, [N]."""
     others = logits.scatter(1, y[:, None], -math.inf).amax(1)
-    return logits.gather(1, y[:, None])[:, 0] - others
+    return of_class(logits, y) - others
 
 
-def is_fooled(logits, y, slack=None):
-    """bool [N]: another class beats y by more than the rounding that an image shows when its batch
-    changes shape, so that the verdict survives scoring it again; by more than -slack, where that is
-    given. Both are shares of the spread of the logits, which an offset does not change. NaN logits
-    never count."""
-    if slack is None:
-        slack = -100 * torch.finfo(logits.dtype).eps
+def is_fooled(logits, y, slack):
+    """bool [N]: another class beats y by more than -slack, a share of the spread of the logits,
+    which an offset does not change. NaN logits never count."""
     spread = logits.amax(1) - logits.amin(1)
     return margin(logits, y) < slack * spread
 
@@ -1829,50 +1775,53 @@ def cross_entropy_each(logits, y, target):
 
 def logit_gap(logits, y, target):
     """z_target - z_y, [N]."""
-    return logits.gather(1, target[:, None])[:, 0] - logits.gather(1, y[:, None])[:, 0]
+    return of_class(logits, target) - of_class(logits, y)
 
 
 def targeted_dlr(logits, y, target):
     """(z_target - z_y) / (z_(1) - (z_(3) + z_(4)) / 2), z_(i) the i-th largest: blind to shift and
-    scale."""
+    scale. Of fewer than 4 classes z_target - z_y."""
+    gap = logit_gap(logits, y, target)
+    if logits.shape[1] < 4:
+        return gap
     top = logits.topk(4, dim=1).values
-    return logit_gap(logits, y, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+    return gap / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
 
 
 def input_gradient(net, x, objective):
     """(logits, objective of each row, its gradient at x); parameters get none."""
-    scale = gradient_scale(net)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = net(x)
         values = objective(logits)
-        (gradient,) = torch.autograd.grad(values.sum() * scale, x)
-    return logits.detach(), values.detach(), gradient / scale
+        (gradient,) = torch.autograd.grad(values.sum() * GRADIENT_SCALE, x)
+    return logits.detach(), values.detach(), gradient / GRADIENT_SCALE
 
 
 class AllFooled(Exception):
     """No point is left to attack."""
 
 
+@dataclass
 class Points:
     """The points that an attack attacks together. What it asks about images is answered by the fast
     network for the points not yet fooled. An image in the ball that seems to fool, or misses by no
     more than twice the fast network's rounding, is judged by the exact network: what fools is kept
     in `found`, and its point is left out from then on. AllFooled when none is left."""
 
-    def __init__(self, nets, x, y, target, eps, batch_size):
-        self.fast, self.exact = nets
-        self.slack = None
-        if self.fast is not self.exact:
-            dtype = getattr(self.fast, "dtype", torch.float32)
-            self.slack = 2 * torch.finfo(dtype).eps
-        self.x = x
-        self.y = y
-        self.target = target
-        self.eps = eps
-        self.batch_size = batch_size
-        self.found = x.clone()
-        self.left = torch.arange(len(x), device=x.device)
+    fast: nn.Module
+    exact: nn.Module
+    x: Tensor
+    y: Tensor
+    target: Tensor
+    eps: float
+    batch_size: int
+
+    def __post_init__(self):
+        dtype = getattr(self.fast, "dtype", torch.float32)
+        self.slack = 2 * torch.finfo(dtype).eps
+        self.found = self.x.clone()
+        self.left = torch.arange(len(self.x), device=self.x.device)
 
     def gradient(self, images, objective):
         """(objective(logits, y, target), its gradient) at images [N,C,H,W]; zeros for the
@@ -1914,17 +1863,17 @@ class Points:
     def _judge(self, images, rows, logits):
         """Keep the images that fool, of these rows with these logits of the fast network; leave out
         their points."""
-        rows = rows[: len(self.left)]
-        claimed = is_fooled(logits[: len(self.left)], self.y[rows], self.slack)
+        claimed = is_fooled(logits, self.y[rows], self.slack)
         moved = (images[rows] - self.x[rows]).abs().flatten(1).amax(1)
         claimed = rows[claimed & (moved <= self.eps + 1e-6)]
-        if len(claimed) and self.fast is not self.exact:
-            asked = self._padded(claimed)
-            sure = is_fooled(self.exact(images[asked]), self.y[asked])
-            claimed = claimed[sure[: len(claimed)]]
         if len(claimed):
-            self.found[claimed] = images[claimed]
-            self.left = self.left[~torch.isin(self.left, claimed)]
+            asked = self._padded(claimed)
+            logits = self.exact(images[asked])
+            # by more than rounds off in a batch of another shape: it must fool when scored again
+            slack = -100 * torch.finfo(logits.dtype).eps
+            fooled = asked[is_fooled(logits, self.y[asked], slack)]
+            self.found[fooled] = images[fooled]
+            self.left = self.left[~torch.isin(self.left, fooled)]
         if len(self.left) == 0:
             raise AllFooled
 
@@ -2060,42 +2009,43 @@ def square(points, generator, queries):
         best_margin = torch.where(better, value, best_margin)
 
 
-def warn_of_odd_models(net, x, y, logits, gradients):
-    """Warn of models for which the result would mislead; arguments: a first batch and its
-    logits."""
-    said = []
-    apart = float((net(x) - logits).abs().max() / logits.abs().max().clamp_min(1e-12))
-    if apart > 1e-4:
-        said.append(f"the same images twice give logits {apart:.1e} apart: a randomised model")
-    if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-4).all():
-        said.append("the outputs are probabilities: return logits, softmax's gradients vanish")
+# An attack's function of (points, generator, number of steps).
+ATTACK_OF = {
+    "apgd-ce": partial(apgd, objective=cross_entropy_each),
+    "apgd-t": partial(apgd, objective=targeted_dlr),
+    "fab-t": fab,
+    "square": square,
+}
+AUTOATTACK = tuple(ATTACK_OF)
+
+
+def warn(text):
+    warnings.warn(f"autoattack: {text}", stacklevel=3)
+
+
+def warn_of_odd_models(net, x, y, gradients):
+    """Warn of models for which the result would mislead; x, y: a first batch."""
+    logits = net(x)
+    if (net(x) - logits).norm() > 1e-4 * logits.norm():
+        warn("the same images twice give other logits: a randomised model")
+    if (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-4:
+        warn("the outputs are probabilities: return logits, softmax's gradients vanish")
     if gradients:
-        slope = input_gradient(net, x, lambda logits: margin(logits, y))[2]
-        zero = float((slope.flatten(1) == 0).all(1).double().mean())
-        if zero > 0.1:
-            said.append(
-                f"{100 * zero:.0f} % of the images have a zero input gradient: APGD is blind"
-            )
-    for text in said:
-        warnings.warn(f"autoattack: {text}", stacklevel=3)
+        slopes = input_gradient(net, x, lambda logits: margin(logits, y))[2]
+        blind = (slopes == 0).flatten(1).all(1).sum()
+        if blind > 0.1 * len(x):
+            warn(f"{blind} of {len(x)} images have a zero input gradient: APGD is blind")
 
 
 def checked_logits(net, x, y, batch_size):
     """Logits of x; ValueError unless they are finite [N,classes] and y are labels of theirs."""
     logits = torch.cat([net(part) for part in x.split(batch_size)])
     classes = logits.shape[-1]
-    if (
-        logits.shape != (len(y), classes)
-        or logits.dtype not in FLOATS
-        or not logits.isfinite().all()
-    ):
+    fits = logits.shape == (len(y), classes) and logits.dtype in FLOATS and classes > 1
+    if not fits or not logits.isfinite().all() or not 0 <= y.min() <= y.max() < classes:
         raise ValueError(
-            f"logits are {logits.dtype} {list(logits.shape)}: "
-            f"want finite float32 [{len(y)}, classes]"
-        )
-    if not 0 <= y.min() <= y.max() < classes or classes < 2:
-        raise ValueError(
-            f"y spans [{y.min()}, {y.max()}]: want labels of {classes} classes, two up"
+            f"logits are {logits.dtype} {list(logits.shape)}, y spans [{y.min()}, {y.max()}]: "
+            f"want finite float32 [{len(y)}, classes], two classes up, and labels of theirs"
         )
     return logits
 
@@ -2125,33 +2075,28 @@ def autoattack(
     nets = nets or scoring_nets(model)
     state = {} if state is None else state
     log = log or (lambda line: None)
-    x = x.detach()
-    x_adv = x.clone()
+    x_adv = x.detach().clone()
     if len(x) == 0:
         return x_adv
     with eval_mode(model), torch.no_grad(), ieee_float32():
         nets = usable_nets(nets, x[:batch_size], y[:batch_size])
         logits = checked_logits(nets[1], x, y, batch_size)
-        first = slice(0, batch_size)
-        gradients = set(attacks) != {"square"}
-        warn_of_odd_models(nets[1], x[first], y[first], logits[first], gradients)
+        warn_of_odd_models(nets[1], x[:batch_size], y[:batch_size], set(attacks) != {"square"})
         robust = logits.argmax(1) == y
         log(f"clean     right {_share(robust)}")
         for name in attacks:
             if name not in state:
-                plan = attack_plan(name, iterations, queries, targets, logits.shape[1])
+                steps = queries if name == "square" else iterations
+                rivals = targets if name in ("apgd-t", "fab-t") else 1
                 state[name] = run_attack(
-                    name, plan, nets, x, y, logits, robust, eps, seed, batch_size
+                    name, steps, rivals, nets, x, y, logits, robust, eps, seed, batch_size
                 )
-            rows = state[name]["rows"].to(x.device)
+            rows = state[name]["rows"]
             robust[rows] = False
             x_adv[rows] = state[name]["images"].to(x_adv)
-            log(f"{name:9} robust {_share(robust)}, {state[name]['seconds']:.1f} s")
+            log(f"{name:9} robust {_share(robust)}")
         if "square" in attacks[1:] and len(state["square"]["rows"]) > max(1, 0.002 * len(x)):
-            warnings.warn(
-                "autoattack: Square fooled what the gradient attacks missed: are they masked?",
-                stacklevel=2,
-            )
+            warn("Square fooled what the gradient attacks missed: are they masked?")
     return x_adv
 
 
@@ -2159,44 +2104,33 @@ def _share(robust):
     return f"{robust.sum()}, {100 * robust.double().mean():.2f} %"
 
 
-def attack_plan(name, iterations, queries, targets, classes):
-    """(number of targets, attack) of an AutoAttack's name; attack: (points, generator) -> None."""
-    targets = min(targets, classes - 1)
-    if name == "apgd-ce":
-        return 1, partial(apgd, iterations=iterations, objective=cross_entropy_each)
-    if name == "apgd-t":
-        climb = targeted_dlr if classes >= 4 else logit_gap
-        return targets, partial(apgd, iterations=iterations, objective=climb)
-    if name == "fab-t":
-        return targets, partial(fab, iterations=iterations)
-    return 1, partial(square, queries=queries)
-
-
-def run_attack(name, plan, nets, x, y, logits, robust, eps, seed, batch_size) -> dict:
+def run_attack(
+    name, steps, targets, nets, x, y, logits, robust, eps, seed, batch_size
+) -> dict:  # fmt: skip
     """Run one attack on the robust points, target after target on what is still robust. Returns the
-    fooled: {"rows": int64 [k], "images": [k,C,H,W], both on the CPU, "seconds"}."""
-    began = time.monotonic()
-    targets, attack = plan
+    fooled: {"rows": int64 [k], "images": [k,C,H,W], both on the CPU}."""
     if name == "fab-t" and getattr(nets[0], "dtype", None) == torch.bfloat16:
         nets = (nets[1], nets[1])  # its steps live on small differences of logits
     # column 0 is y itself, then come its rivals in the order of the clean logits
     rivals = logits.scatter(1, y[:, None], math.inf).argsort(1, descending=True)
     left = robust.clone()
     images = x.clone()
-    for nth in range(1, targets + 1):
-        for rows in batches(left.nonzero()[:, 0], batch_size):
-            show_progress(f"{name}, target {nth} of {targets}: {left.sum()} points robust")
-            points = Points(nets, x[rows], y[rows], rivals[rows, nth], eps, batch_size)
+    for nth in range(1, min(targets + 1, logits.shape[1])):
+        if not left.any():
+            break
+        for rows in left.nonzero()[:, 0].split(batch_size):
+            show_progress(f"{name}, target {nth}: {left.sum()} points robust")
+            points = Points(*nets, x[rows], y[rows], rivals[rows, nth], eps, batch_size)
             draws_seed = derive_seed(seed, "autoattack", AUTOATTACK.index(name), nth)
+            generator = torch.Generator().manual_seed(draws_seed)
             with suppress(AllFooled):
-                attack(points, generator=torch.Generator().manual_seed(draws_seed))
+                ATTACK_OF[name](points, generator, steps)
             images[rows] = points.found
             left[rows] = False
             left[rows[points.left]] = True
     show_progress()
     rows = (robust & ~left).nonzero()[:, 0]
-    found = images[rows].cpu()
-    return {"rows": rows.cpu(), "images": found, "seconds": time.monotonic() - began}
+    return dict(rows=rows.cpu(), images=images[rows].cpu())
 
 
 # 9  Evaluation ====================================================================================
@@ -2264,12 +2198,11 @@ def evaluate(
     exact), the forwards that ascend and that decide, by default scoring_nets(model); verdicts are
     IEEE float32. Noise depends on the seed and on a batch's number only; under torchrun each rank
     takes whole batches, and all return the same. Returns clean, tail_clean, class_clean (a list)
-    and the like, with balanced_* (mean of the class accuracies) where classes differ in size;
-    tail_* is None where no image is of the tail. No global generator is touched and the model is
+    and the like, and balanced_* (mean of the class accuracies); tail_* is None where no image is
+    of the tail. No global generator is touched and the model is
     left as it was. ValueError for no images, or another dtype or shape."""
     check_images(images_u8, labels, (torch.uint8,))
-    known = not isinstance(attacks, str) and set(attacks) <= set(ATTACKS)
-    if not known or batch_size < 1 or len(labels) == 0:
+    if not set(attacks) <= set(ATTACKS) or min(batch_size, len(labels)) < 1:
         raise ValueError(
             f"attacks {attacks!r}, batch_size {batch_size}, {len(labels)} images: "
             f"want a sequence from {ATTACKS}, batch_size >= 1, images >= 1"
@@ -2277,23 +2210,22 @@ def evaluate(
     nets = nets or scoring_nets(model)
     nets = usable_nets(nets, to_float(images_u8[:batch_size]), labels[:batch_size])
     device = labels.device
-    rows = torch.arange(len(labels))
-    mine = rows[rows // batch_size % WORLD == RANK]
+    parts = torch.arange(len(labels)).split(batch_size)[RANK::WORLD]
     result = {}
     for name in attacks:
         correct = torch.zeros(len(labels), dtype=torch.bool, device=device)
-        images = None
-        if name == "aa":
-            images = to_float(images_u8)
+        inputs = (to_float(images_u8[part]) for part in parts)
+        if name == "aa" and parts:
+            mine = torch.cat(parts)
+            x = to_float(images_u8[mine])
             options = dict(eps=eps, seed=seed, batch_size=batch_size, nets=nets)
-            x = images[mine]
-            images[mine] = autoattack(model, x, labels[mine], log=log, state=state, **options)
-        for part in batches(mine, batch_size):
-            x = to_float(images_u8[part]) if images is None else images[part]
+            x_adv = autoattack(model, x, labels[mine], log=log, state=state, **options)
+            inputs = x_adv.split(batch_size)
+        for number, (part, x) in enumerate(zip(parts, inputs)):
             y = labels[part]
             with eval_mode(nets[1]), torch.no_grad(), ieee_float32():
                 if name == "pgd":
-                    words = (seed, "evaluation", int(part[0]) // batch_size)
+                    words = (seed, "evaluation", number * WORLD + RANK)
                     noise = torch.Generator(device).manual_seed(derive_seed(*words))
                     threat = dict(eps=eps, step_size=step_size, steps=steps, generator=noise)
                     x = pgd_attack(nets[0], x, y, **threat)
@@ -2305,38 +2237,33 @@ def evaluate(
 
 
 def accuracies(name, right, labels, tail):
-    """bool [N] -> {name, tail_, class_ and, where classes differ in size, balanced_name:
-    percent}."""
+    """bool [N] -> {name, tail_, class_, balanced_name: percent}."""
     counts = np.bincount(labels)
-    hits = np.bincount(labels, right)
-    per_class = 100 * hits / counts.clip(1)
-    tail = [c for c in tail if c < len(counts) and counts[c] > 0]
-    result = {name: float(100 * hits.sum() / counts.sum()), f"tail_{name}": None}
-    if tail:
-        result[f"tail_{name}"] = float(100 * hits[tail].sum() / counts[tail].sum())
-    result[f"class_{name}"] = per_class.round(4).tolist()
-    if len(set(counts)) > 1:
-        result[f"balanced_{name}"] = float(per_class[counts > 0].mean())
-    return result
+    per_class = 100 * np.bincount(labels, right) / counts.clip(1)
+    of_tail = right[np.isin(labels, tail)]
+    return {
+        name: 100 * float(right.mean()),
+        f"tail_{name}": 100 * float(of_tail.mean()) if len(of_tail) else None,
+        f"class_{name}": per_class.round(4).tolist(),
+        f"balanced_{name}": float(per_class[counts > 0].mean()),
+    }
 
 
-def save_examples(path, nets, images_u8, labels, count, log, *, eps, step_size, steps, seed=0):
+def save_examples(path, nets, images_u8, labels, count, log, *, seed=0, **threat):
     """Write a PNG grid of `count` images spread over the set: clean, after PGD, ten times the
-    difference; to the log each label and what the exact net says to both."""
+    difference; to the log their labels. threat: eps, step_size and steps."""
     index = torch.linspace(0, len(labels) - 1, min(count, len(labels))).long()
     x = to_float(images_u8[index])
-    y = labels[index]
     noise = torch.Generator(x.device).manual_seed(derive_seed(seed, "examples"))
-    threat = dict(eps=eps, step_size=step_size, steps=steps, generator=noise)
-    x_adv = pgd_attack(nets[1], x, y, **threat)
+    x_adv = pgd_attack(nets[1], x, labels[index], generator=noise, **threat)
     difference = (0.5 + 10 * (x_adv - x)).clamp(0, 1)
     triples = torch.stack([x, x_adv, difference], 1).flatten(0, 1)
     with writing(path):
-        torchvision.utils.save_image(triples.cpu(), path, nrow=12)
+        torchvision.utils.save_image(triples, path, nrow=12)
     with torch.no_grad():
         clean = nets[1](x).argmax(1).tolist()
         attacked = nets[1](x_adv).argmax(1).tolist()
-    log(f"{path}: labels {y.tolist()}, predicted {clean}, under attack {attacked}")
+    log(f"{path}: labels {labels[index].tolist()}, predicted {clean}, under attack {attacked}")
 
 
 # 10  Runs and report ==============================================================================
@@ -2450,7 +2377,7 @@ def open_run(cfg, data, path, log):
             f"{path} holds a run of other settings or training images: choose another --out"
         )
     about = environment(cfg)
-    log(f"run {path}: " + ", ".join(f"{name} {value}" for name, value in about.items()))
+    log(f"run {path}: {about}")
     before = known.get("environment", about)["processes"]
     if before != WORLD:
         log(f"going on with {WORLD} processes, begun with {before}")
@@ -2475,7 +2402,8 @@ def load_state(path, trainer, log) -> dict:
     damaged = (KeyError, TypeError, ValueError, RuntimeError, AttributeError)
     with blaming(f"{file} does not fit this run: remove it to train from the start", damaged):
         state = read_checkpoint(file)
-        trainer.load(dict(model=state.pop("model"), optimizer=state.pop("optimizer")))
+        trainer.model.load_state_dict(state.pop("model"))
+        trainer.optimizer.load_state_dict(state.pop("optimizer"))
         log(f"{trainer.cfg.role}: going on after epoch {state['epoch']}")
     return state
 
@@ -2483,14 +2411,14 @@ def load_state(path, trainer, log) -> dict:
 def load_net(cfg, data, path):
     """(model, epoch, (fast, exact)) of a checkpoint file of this Config's method, on its device.
     --mean and --std hold where cfg.checkpoint says that the network is not one of ours."""
-    normalise = {}
+    mean = std = None
     wanted = f"--mean {cfg.mean} --std {cfg.std}: want both, three numbers each"
     with blaming(wanted, (ValueError, AttributeError, RuntimeError)):
         if cfg.checkpoint and (cfg.mean or cfg.std):
-            normalise["mean"] = [float(value) for value in cfg.mean.split(",")]
-            normalise["std"] = [float(value) for value in cfg.std.split(",")]
+            mean = list(map(float, cfg.mean.split(",")))
+            std = list(map(float, cfg.std.split(",")))
         head = METHODS[cfg.method].head
-        model = build_model(cfg.arch, len(data.classes), head, **normalise)
+        model = build_model(cfg.arch, len(data.classes), head, mean, std)
     epoch = load_weights(model, path, data.classes)
     model = model.to(cfg.device)
     uniform = [1] * len(data.classes)
@@ -2500,25 +2428,26 @@ def load_net(cfg, data, path):
 
 def threat_of(cfg, unit=1) -> dict:
     """The attack of an evaluation, in 255ths as its records name it, or by the unit."""
-    sizes = dict(eps=cfg.eval_eps / unit, step_size=cfg.eval_step_size / unit)
-    return sizes | dict(steps=cfg.eval_steps)
+    return dict(eps=cfg.eval_eps / unit, step_size=cfg.eval_step_size / unit, steps=cfg.eval_steps)
 
 
 def evaluate_run(cfg, data, path, log):
     """Evaluate teacher, best and last, or --checkpoint, as far as results.json lacks it."""
-    files = dict(best=path / "best.pt", last=path / "last.pt")
+    names = CHECKPOINTS[1:]
     if METHODS[cfg.method].teacher:
-        files = dict(teacher=path / "teacher.pt") | files
+        names = CHECKPOINTS
     if cfg.checkpoint:
-        files = {cfg.checkpoint: Path(cfg.checkpoint)}
-    for name, file in files.items():
+        names = [cfg.checkpoint]
+    for name in names:
         its_cfg = teacher_config(cfg) if name == "teacher" else cfg
-        evaluate_checkpoint(its_cfg, data, path, name, file, log)
+        evaluate_checkpoint(its_cfg, data, path, log, name)
 
 
-def evaluate_checkpoint(cfg, data, path, name, file, log):
+@fall_back
+def evaluate_checkpoint(cfg, data, path, log, name):
     """Score one checkpoint: a flat record of results.json, which belongs to weights, test images
     and threat. Best and last are scored once where they are one."""
+    file = path / f"{name}.pt" if name in CHECKPOINTS else Path(name)
     model, epoch, nets = load_net(cfg, data, file)
     threat = threat_of(cfg, 255) | {"seed": cfg.seed}
     images = data.test_images
@@ -2526,7 +2455,7 @@ def evaluate_checkpoint(cfg, data, path, name, file, log):
     if cfg.examples and RANK == 0:
         grid = path / f"examples-{file.stem}.png"
         save_examples(grid, nets, images, labels, cfg.examples, log, **threat)
-    about = dict(weights=weights_crc32(model), test_images=data.crc32("test"), **threat_of(cfg))
+    about = dict(weights=weights_crc32(model), test_images=data.crc32("test")) | threat_of(cfg)
     records = gather(read_json(path / "results.json"))[0].get("evaluations", [])
     record = {}
     for other in records:
@@ -2544,21 +2473,15 @@ def evaluate_checkpoint(cfg, data, path, name, file, log):
             write_atomic(saved, state, rank=RANK)
             log(line)
 
-        options = dict(tail=data.tail, state=state, log=log_and_save)
-        options |= dict(attacks=wanted, **threat)
-        try:
-            scores = evaluate(model, images, labels, nets=nets, **options)
-        except Exception as error:
-            nets = load_net(plainer(cfg, error, log), data, file)[2]
-            scores = evaluate(model, images, labels, nets=nets, **options)
-        record |= scores
+        options = threat | dict(attacks=wanted, tail=data.tail, state=state, log=log_and_save)
+        record |= evaluate(model, images, labels, nets=nets, **options)
         record["evaluated_on"] = environment(cfg)
         if cfg.checkpoint and record.get("clean", 100) <= 150 / len(data.classes):
             causes = "normalised images (--mean, --std), another --image-size or order of classes"
             log(f"{name} is near chance: was it trained on {causes}?")
     same = threat_of(cfg) | {"checkpoint": name}
     kept = [other for other in records if not same.items() <= other.items()]
-    write_json(path / "results.json", {"evaluations": [*kept, record]})
+    write_json(path / "results.json", {"evaluations": kept + [record]})
     gather(None)  # the record is there before another rank asks for it
     saved.unlink(missing_ok=True)
 
@@ -2637,7 +2560,7 @@ FREE = ("data", "ir", "method", "arch", "aug", "official", "seed", "alpha", "tau
 
 
 def paper_row(cfg, name) -> dict:
-    """The paper's numbers {column: percent or None} for a checkpoint ('teacher', 'best', 'last') of
+    """The paper's numbers {column: percent} for a checkpoint ('teacher', 'best', 'last') of
     a resolved Config under the standard threat; {} where it has none for these settings."""
     if cfg.method not in METHODS or name not in CHECKPOINTS or cfg.ir is None:
         return {}
@@ -2650,24 +2573,17 @@ def paper_row(cfg, name) -> dict:
     for line in PAPER.splitlines():
         cells = line.split()
         if cells[1:5] == [cfg.data, f"{cfg.ir:g}", cfg.arch, label]:
-            numbers = [None if cell == "-" else float(cell) for cell in cells[first : first + 5]]
-            return dict(zip(COLUMNS, numbers))
+            numbers = zip(COLUMNS, cells[first : first + 5])
+            return {column: float(cell) for column, cell in numbers if cell != "-"}
     return {}
-
-
-def summary(values):
-    """Mean and sample standard deviation; NaN for no values, a deviation of 0 for a single one."""
-    if len(values) == 0:
-        return math.nan, 0.0
-    return float(np.mean(values)), float(np.std(values, ddof=min(1, len(values) - 1)))
 
 
 class RunGroup:
     """Runs that differ in nothing but the seed: rows of the table, a mark in the figures."""
 
-    def __init__(self, cfg, own, records):
+    def __init__(self, cfg, records):
         self.cfg = cfg
-        self.own = own | dict(seed=None, images=None)  # what makes it another RunGroup
+        self.own = identity(cfg) | dict(seed=None)  # what makes it another RunGroup
         self.seeds = [cfg.seed]
         self.records = records  # of all its runs, from results.json
         ratio = "own counts" if cfg.ir is None else f"IR {cfg.ir:g}"
@@ -2682,27 +2598,27 @@ class RunGroup:
 
     def values(self, column, checkpoint="best"):
         """The runs' values of a column, as far as they have it."""
-        found = [other.get(column) for other in self.records if other["checkpoint"] == checkpoint]
-        return [value for value in found if value is not None]
+        values = []
+        for record in self.records:
+            if record["checkpoint"] == checkpoint and record.get(column) is not None:
+                values.append(record[column])
+        return values
 
-    def score(self, column, checkpoint="best"):
-        """(mean, deviation) of a column over the runs."""
-        return summary(self.values(column, checkpoint))
+    def means(self, columns, checkpoint="best"):
+        """The mean of each column over the runs; NaN where none has it."""
+        return [np.mean(self.values(column, checkpoint) or math.nan) for column in columns]
 
 
 def read_run(path, cfg) -> RunGroup:
     """A folder's evaluations under the evaluation settings of cfg; UserError where there are
     none."""
     remedy = "use --stage eval, or name runs as in --stage report 'runs/*'"
-    if not (path / "results.json").exists():
-        raise UserError(f"{path} holds no evaluation: {remedy}")
     damaged = (KeyError, TypeError, ValueError, AttributeError)
     with blaming(f"{path} holds no such evaluation: {remedy}", damaged):
-        config = read_json(path / "config.json")
-        own = Config(**config["config"])
-        own = replace(own, eval_steps=cfg.eval_steps, eval_step_size=cfg.eval_step_size)
+        threat = dict(eval_steps=cfg.eval_steps, eval_step_size=cfg.eval_step_size)
         if cfg.eval_eps is not None:
-            own = replace(own, eval_eps=cfg.eval_eps)
+            threat["eval_eps"] = cfg.eval_eps
+        own = Config(**read_json(path / "config.json")["config"] | threat)
         wanted = threat_of(own)
         if cfg.checkpoint:
             wanted["checkpoint"] = cfg.checkpoint
@@ -2710,7 +2626,7 @@ def read_run(path, cfg) -> RunGroup:
         records = [record for record in records if wanted.items() <= record.items()]
         if not records:
             raise ValueError(wanted)
-        return RunGroup(own, config["identity"], records)
+        return RunGroup(own, records)
 
 
 def by_setting(runs) -> list:
@@ -2726,24 +2642,23 @@ def by_setting(runs) -> list:
         for rival in first.values():
             if rival.words == setting.words:
                 for key, value in setting.own.items():
-                    if rival.own.get(key) != value:
+                    if rival.own[key] != value:
                         setting.details[key] = f"{key} {value}"
     return list(first.values())
 
 
-def markdown(rows) -> list:
-    """Rows of cells, the first of them headings -> lines of an aligned table; two columns of text,
-    then numbers."""
+def markdown(rows) -> str:
+    """Rows of cells, the first of them headings -> an aligned table; two columns of text, then
+    numbers."""
     numbers = len(rows[0]) - 2
     sides = "<<" + ">" * numbers
     rule = ["---", "---"] + ["---:"] * numbers
-    rows = [rows[0], rule, *rows[1:]]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    rows = rows[:1] + [rule] + rows[1:]
+    line = "|"
+    for column, side in zip(zip(*rows), sides):
+        width = max(map(len, column))
+        line += f" {{:{side}{width}}} |"
+    return "\n".join(line.format(*row) for row in rows)
 
 
 def shown(number, style=".2f"):
@@ -2762,27 +2677,28 @@ def setting_rows(setting, checkpoint, columns):
     theirs = ["", "paper"]
     gaps = ["", "gap"]
     paper = paper_row(setting.cfg, checkpoint)
-    for column in columns:
+    for column, mean in zip(columns, setting.means(columns, checkpoint)):
         values = setting.values(column, checkpoint)
-        mean, deviation = summary(values)
         cell = shown(mean)
         if len(values) > 1:
-            cell += f" ± {deviation:.2f}"
+            cell += f" ± {np.std(values, ddof=1):.2f}"
         if 0 < len(values) < len(setting.seeds):
             cell += f" (n={len(values)})"
-        number = paper.get(column)
-        if number is None:
-            number = math.nan
+        number = paper.get(column, math.nan)
         ours.append(cell)
         theirs.append(shown(number))
         gaps.append(shown(mean - number, "+.2f"))
-    return [ours, theirs, gaps] if paper else [ours]
+    if paper:
+        return [ours, theirs, gaps]
+    return [ours]
 
 
 def table(settings) -> str:
     """RunGroups as Markdown in the paper's layout: a line per checkpoint, mean and standard
     deviation over the seeds, below it the paper's values and the gap."""
-    records = [record for setting in settings for record in setting.records]
+    records = []
+    for setting in settings:
+        records += setting.records
     columns = [name for name in COLUMNS if any(r.get(name) is not None for r in records)]
     heads = [COLUMNS[name].replace("20", str(settings[0].cfg.eval_steps)) for name in columns]
     rows = [["setting", "checkpoint", *heads]]
@@ -2795,7 +2711,7 @@ def table(settings) -> str:
         "best: highest PGD accuracy (natural: clean) after the first drop of the learning rate, "
         "chosen on the test set."
     )
-    return "\n".join([*markdown(rows), "", about])
+    return f"{markdown(rows)}\n\n{about}"
 
 
 REPORT_MARK = "<!-- ltsd.py writes this file anew with every report -->"
@@ -2814,7 +2730,7 @@ def report(paths, cfg, folder):
     if not runs:
         raise UserError(" ".join(notes) or "name runs, as in --stage report 'runs/*'")
     settings = by_setting(runs)
-    text = "\n\n".join([table(settings), *notes])
+    text = "\n\n".join([table(settings)] + notes)
     say(f"\n{text}\n")
     file = folder / "report.md"
     if file.exists() and not file.read_text(errors="replace").startswith(REPORT_MARK):
@@ -2826,18 +2742,18 @@ def report(paths, cfg, folder):
         report_figures(settings, cfg.figures)
 
 
-def save_figure(folder, name, title, draws):
-    """Save folder/name: panels side by side, each drawn by a function of its axes, the first one's
+def save_figure(folder, name, title, draw, panels):
+    """Save folder/name: panels side by side, each by draw(its axes, what it shows), the first one's
     legend below."""
     from matplotlib.figure import Figure  # optional: run_stages has looked for it
 
-    figure = Figure((4.5 * len(draws) + 1.5, 5), layout="constrained")
+    figure = Figure((4.5 * len(panels) + 1.5, 5), layout="constrained")
     figure.suptitle(title)
-    panels = figure.subplots(1, len(draws), squeeze=False)[0]
-    for ax, draw in zip(panels, draws):
-        draw(ax)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, panel in zip(axes, panels):
+        draw(ax, panel)
     figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(draws)
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(panels)
     )
     path = Path(folder, name)
     with writing(path):
@@ -2846,66 +2762,53 @@ def save_figure(folder, name, title, draws):
     say(f"figure {path}")
 
 
-# Okabe and Ito's colours, told apart by the colour-blind, and as many markers.
-COLORS = ("#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#999999")
-MARKERS = "*osD^vPhX"
-
-
 def look(i):
-    """Colour and marker of the i-th setting: 72 of them differ."""
-    color = COLORS[i % len(COLORS)]
-    return dict(color=color, marker=MARKERS[i % len(MARKERS)], ms=9, capsize=3)
+    """Colour and marker of the i-th setting: 90 of them differ."""
+    marker = "*osD^vPhX"[i % 9]
+    return f"C{i % 10}{marker}"
 
 
-def draw_line(ax, xs, ys, **style):
-    """A line, or a mark, with error bars. xs, ys: equally many (mean, deviation)."""
-    x, x_error = np.transpose(xs)
-    y, y_error = np.transpose(ys)
-    ax.errorbar(x, y, y_error, x_error, **style)
-
-
-def draw_scatter(ax, settings, columns):
+def draw_scatter(settings, ax, columns):
     """Best checkpoints; a thin line leads to the last one. x: the self-teacher. Hollow: the paper's
     own points. columns: what the two axes show."""
     for i, setting in enumerate(settings):
-        best = [[setting.score(column)] for column in columns]
-        last = [[setting.score(column, "last")] for column in columns]
-        teacher = [[setting.score(column, "teacher")] for column in columns]
-        paper = [paper_row(setting.cfg, "best").get(column) for column in columns]
-        draw_line(ax, *best, ls="none", label=setting.label(), **look(i))
-        draw_line(ax, *np.hstack([best, last]), color=look(i)["color"], lw=0.7)
-        draw_line(ax, *teacher, color=look(i)["color"], marker="x")
-        if None not in paper:
-            ax.errorbar(*paper, ls="none", mfc="none", zorder=1, **look(i))
-    labels = [f"{COLUMNS[column]} accuracy (%)" for column in columns]
-    ax.set(xlabel=labels[0], ylabel=labels[1])
+        best = setting.means(columns)
+        last = setting.means(columns, "last")
+        teacher = setting.means(columns, "teacher")
+        paper = paper_row(setting.cfg, "best")
+        color = look(i)[:2]
+        ax.plot(*best, look(i), label=setting.label())
+        ax.plot(*zip(best, last), color, lw=0.7)
+        ax.plot(*teacher, color + "x")
+        if columns[0] in paper and columns[1] in paper:
+            ax.plot(paper[columns[0]], paper[columns[1]], look(i), mfc="none", zorder=1)
+    ax.set_xlabel(f"{COLUMNS[columns[0]]} accuracy (%)")
+    ax.set_ylabel(f"{COLUMNS[columns[1]]} accuracy (%)")
 
 
-def draw_classes(ax, settings, column):
+def draw_classes(settings, ax, column):
     """Accuracy of up to ten groups of classes, from the most to the least frequent."""
     for i, setting in enumerate(settings):
-        if not setting.values(column):
-            continue
-        values = np.transpose(setting.values(f"class_{column}"))
-        groups = np.array_split(values, min(10, len(values)))
-        scores = [summary(group.mean(0)) for group in groups]
-        numbers = [(number, 0) for number in range(1, len(groups) + 1)]
-        draw_line(ax, numbers, scores, label=setting.label(), **look(i))
-    ylabel = f"{COLUMNS[column]} accuracy (%)"
-    ax.set(xlabel="group of classes, most to least frequent", ylabel=ylabel)
+        runs = setting.values(f"class_{column}")
+        if runs:
+            classes = np.mean(runs, 0)
+            groups = np.array_split(classes, min(10, len(classes)))
+            means = [group.mean() for group in groups]
+            ax.plot(range(1, len(means) + 1), means, look(i) + "-", label=setting.label())
+    ax.set_xlabel("group of classes, most to least frequent")
+    ax.set_ylabel(f"{COLUMNS[column]} accuracy (%)")
 
 
-def draw_sweep(ax, families, key, columns):
+def draw_sweep(families, key, ax, columns):
     """Accuracies by the value of one setting, for each family of otherwise equal RunGroups."""
     for i, family in enumerate(families):
         label = family[0].label(key)
-        values = [(setting.own[key], 0) for setting in family]
-        for column, dash in zip(columns, ("--", "-")):
-            scores = [setting.score(column) for setting in family]
-            name = f"{label}, {COLUMNS[column]}"
-            draw_line(ax, values, scores, ls=dash, label=name, **look(i))
-    clean, robust = [COLUMNS[column] for column in columns]
-    ax.set(xlabel=key, ylabel=f"{clean} and {robust} accuracy (%)")
+        values = [setting.own[key] for setting in family]
+        means = np.transpose([setting.means(columns) for setting in family])
+        for column, line, dash in zip(columns, means, ("--", "-")):
+            ax.plot(values, line, look(i) + dash, label=f"{label}, {COLUMNS[column]}")
+    ax.set_xlabel(key)
+    ax.set_ylabel(f"{COLUMNS[columns[0]]} and {COLUMNS[columns[1]]} accuracy (%)")
     if key == "ir":
         ax.set_xscale("log")
 
@@ -2913,14 +2816,12 @@ def draw_sweep(ax, families, key, columns):
 def sweep_families(settings, key):
     """Lists of RunGroups that differ in `key` alone, by its value, where there are several."""
     families = {}
-    for setting in settings:
-        rest = {**setting.own, key: None}
+    for setting in sorted(settings, key=lambda setting: setting.own[key] or 0):
+        rest = setting.own | {key: None}
         if key == "ir" and rest["gamma"] == max(1.0, (setting.own["ir"] or 0) / 2):
             rest["gamma"] = None  # the default, which follows the ratio
         if setting.own[key] is not None:
             families.setdefault(json.dumps(rest), []).append(setting)
-    for family in families.values():
-        family.sort(key=lambda setting: setting.own[key])
     return [family for family in families.values() if len(family) > 1]
 
 
@@ -2928,22 +2829,16 @@ def report_figures(settings, folder):
     """Draw the best checkpoints of RunGroups into folder: scatter.png (the paper's Figures 1 and
     5), classes.png (8), and ir.png (4), alpha.png and gamma.png (6, 7) where that setting takes
     several values and all else is equal."""
-    robust = "aa" if all(s.values("aa") for s in settings) else "pgd"
+    robust = "aa" if all(setting.values("aa") for setting in settings) else "pgd"
+    pairs = [("clean", robust), ("tail_clean", "tail_pgd")]
     title = f"Best epoch, eps {settings[0].cfg.eval_eps:g}/255"
     note = "thin line: to the last epoch; x: the self-teacher; hollow: the paper's"
-    scatter = partial(draw_scatter, settings=settings)
-    both = [("clean", robust), ("tail_clean", "tail_pgd")]
-    panels = [partial(scatter, columns=pair) for pair in both]
-    save_figure(folder, "scatter.png", f"{title}\n{note}", panels)
-    panels = [partial(draw_classes, settings=settings, column=robust)]
-    save_figure(folder, "classes.png", title, panels)
+    save_figure(folder, "scatter.png", f"{title}\n{note}", partial(draw_scatter, settings), pairs)
+    save_figure(folder, "classes.png", title, partial(draw_classes, settings), [robust])
     for key in ("ir", "alpha", "gamma"):
         families = sweep_families(settings, key)
         if families:
-            sweep = partial(draw_sweep, families=families, key=key)
-            both = [("clean", "pgd"), ("tail_clean", "tail_pgd")]
-            panels = [partial(sweep, columns=pair) for pair in both]
-            save_figure(folder, f"{key}.png", title, panels)
+            save_figure(folder, f"{key}.png", title, partial(draw_sweep, families, key), pairs)
 
 
 # 11  Theory =======================================================================================
@@ -2997,7 +2892,7 @@ def theory() -> str:
             attacked = f"{100 * result[key + '_rob']:.2f}"
             rows.append([str(r), name, bias, clean, attacked])
     about = "Tail errors of eq. (2) in %, bias at |w| = 1, in closed form: n 2, eta 1, eps 0.5."
-    return "\n".join([about, "", *markdown(rows)])
+    return f"{about}\n\n{markdown(rows)}"
 
 
 def draw_boundaries(ax, r):
@@ -3018,12 +2913,6 @@ def draw_boundaries(ax, r):
     ax.axis([-4, 4, -4, 4])
 
 
-def theory_figures(folder):
-    """Draw the paper's Figure 2 as folder/figure2.png."""
-    draws = [partial(draw_boundaries, r=r) for r in (1, 2, 5)]
-    save_figure(folder, "figure2.png", "Optimal classifiers", draws)
-
-
 # 12  Bench ========================================================================================
 # Plain is what a researcher writes after AT-BSL's script: eager, float32 NCHW, autograd.grad at x.
 def timed(variants, rounds, device):
@@ -3040,69 +2929,63 @@ def timed(variants, rounds, device):
     return {name: float(np.median(values[1:])) for name, values in seconds.items()}
 
 
-def plain_attack(model, x, y, eps, step_size, steps):
+def plain_attack(model, x, y, cfg):
     """AT-BSL's inner loop as it is usually written."""
     model.eval()
     x_adv = x + 0.001 * torch.randn_like(x)
-    for _ in range(steps):
+    for _ in range(cfg.steps):
         x_adv.requires_grad_()
         (grad,) = torch.autograd.grad(F.cross_entropy(model(x_adv), y), x_adv)
-        x_adv = x_adv.detach() + step_size * grad.sign()
-        x_adv = torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
+        x_adv = x_adv.detach() + cfg.step_size / 255 * grad.sign()
+        x_adv = torch.clamp(x_adv, x - cfg.eps / 255, x + cfg.eps / 255).clamp(0, 1)
     return x_adv
-
-
-def train_step(trainer, attack, x, y):
-    """The attack and the optimiser's step at its x'."""
-    trainer.step(x, attack(), y, 40.0, 0.01)
 
 
 def bench_core(cfg, batch, rounds):
     """{"attack": rows, "train_step": rows} at one batch size on ResNet-18 with 100 classes: plain,
-    then our levers added in turn."""
+    then our levers added in turn. A training step is the attack and the optimiser's step."""
     device = torch.device(cfg.device)
     y = torch.arange(batch, device=device) % 100
-    levers = [("plain", "off", "off"), ("folded norms, fused step", "off", "off")]
+    levers = {"plain": ("off", "off"), "folded norms, fused step": ("off", "off")}
     if cfg.amp != "off":
-        levers.append((f"+ amp {cfg.amp}", cfg.amp, "off"))
+        levers[f"+ amp {cfg.amp}"] = (cfg.amp, "off")
     if cfg.compile != "off":
-        levers.append(("+ torch.compile, CUDA graphs", cfg.amp, cfg.compile))
-    variants = {}
-    for name, amp, compile in levers:
+        levers["+ torch.compile, CUDA graphs"] = (cfg.amp, cfg.compile)
+    attacks = {}
+    steps = {}
+    for lever, (amp, compile) in levers.items():
         its_cfg = replace(cfg, batch_size=batch, amp=amp, compile=compile)
         model = build_model("resnet18", 100).to(device)
-        x = torch.rand(batch, 3, 32, 32, device=device)
-        teachers = scoring_nets(model, its_cfg)
-        trainer = Trainer(its_cfg, model, long_tail_counts(500, 100, 10), teachers)
-        if name == "plain":
+        teacher, _ = scoring_nets(model, its_cfg)
+        trainer = Trainer(its_cfg, model, long_tail_counts(500, 100, 10), teacher)
+        x = torch.rand(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+        attacks[lever] = partial(trainer.attack, x, y, None, torch.Generator(device))
+        if lever == "plain":
             model.to(memory_format=torch.contiguous_format)
-            threat = (cfg.eps / 255, cfg.step_size / 255, cfg.steps)
-            attack = partial(plain_attack, model, x, y, *threat)
-        else:
-            x = x.to(memory_format=torch.channels_last)
-            attack = partial(trainer.attack, x, y, None, torch.Generator(device))
-        variants["attack", name] = attack
-        variants["train_step", name] = partial(train_step, trainer, attack, x, y)
-    seconds = timed(variants, rounds, device)
+            x = x.contiguous()
+            attacks[lever] = partial(plain_attack, model, x, y, cfg)
+        steps[lever] = partial(trainer.step, x, x, y, 40.0, 0.01)
+    attack_s = timed(attacks, rounds, device)
+    step_s = timed(steps, rounds, device)
     result = dict(attack=[], train_step=[])
-    for (part, name), took in seconds.items():
-        row = dict(batch=batch, lever=name, images_per_s=batch / took)
-        row["ratio"] = seconds[part, "plain"] / took
-        result[part].append(row)
+    plain = {}
+    for lever in levers:
+        both_s = attack_s[lever] + step_s[lever]
+        for part, took in dict(attack=attack_s[lever], train_step=both_s).items():
+            ratio = plain.setdefault(part, took) / took
+            row = dict(batch=batch, lever=lever, images_per_s=batch / took, ratio=ratio)
+            result[part].append(row)
     return result
 
 
 def bench_kernel(device):
-    """Rows of the step kernel on CUDA against plain operations, compiled ones and a copy."""
+    """Rows of the step kernel on CUDA against plain operations and compiled ones."""
 
     def plain(x_adv, grad, x, step_size, eps, low):
         low.copy_(x_adv.copy_(pgd_step_reference(x_adv, grad, x, step_size, eps)))
 
-    def copied(x_adv, grad, x, step_size, eps, low):
-        x_adv.copy_(x)
-
     rows = []
-    functions = dict(kernel=pgd_step, plain=plain, compiled=torch.compile(plain), copy=copied)
+    functions = dict(kernel=pgd_step, plain=plain, compiled=torch.compile(plain))
     for images in (32, 128, 4096):
         x = torch.rand(images, 3, 32, 32, device=device)
         grad = torch.randn_like(x).bfloat16()
@@ -3110,59 +2993,51 @@ def bench_kernel(device):
         for name, function in functions.items():
             call = partial(function, *arguments)
             us = 1e3 * triton.testing.do_bench_cudagraph(call, return_mode="median")
-            traffic = 8 if name == "copy" else 16  # bytes a value: 4+2+4 read and 4+2 written
-            gb_s = traffic * x.numel() / us / 1e3
+            gb_s = 16 * x.numel() / us / 1e3  # bytes a value: 4+2+4 read and 4+2 written
             rows.append(dict(images=images, what=name, us=us, gb_s=gb_s))
     return rows
 
 
 def bench_autoattack(cfg):
-    """A row for each attack: seconds of one call of ours and of pyautoattack's (None where that is
-    missing) on 16 images, 5 iterations, 100 queries, on an untrained resnet8's own guesses."""
+    """{attack: seconds of one call of ours and of pyautoattack's (None where that is missing)} on
+    16 images, 5 iterations, 100 queries, on an untrained resnet8's own guesses."""
     device = torch.device(cfg.device)
     model = build_model("resnet8", 10).to(device, memory_format=torch.contiguous_format).eval()
     x = torch.rand(16, 3, 32, 32, device=device)
     y = model(x).argmax(1)
     eps = 0.25 / 255  # most points stay robust
     budget = dict(nets=scoring_nets(model, cfg), iterations=5, queries=100)
-    rows = []
+    rows = {}
     for name in AUTOATTACK:
-        ours = partial(autoattack, model, x, y, eps=eps, attacks=[name], **budget)
-        variants = dict(ours_s=ours)
+        variants = dict(ours_s=partial(autoattack, model, x, y, eps=eps, attacks=[name], **budget))
         with suppress(ImportError):
             from pyautoattack import AutoAttack
 
-            official = AutoAttack(model, eps=eps, device=cfg.device, verbose=False)
+            official = AutoAttack(model, eps=eps, device=cfg.device)
             official.attacks_to_run = [name]
             for attack in (official.apgd, official.apgd_targeted, official.fab):
                 attack.n_iter = 5
             official.square.n_queries = 100
             variants["official_s"] = partial(official.run_standard_evaluation, x, y)
-        seconds = timed(variants, 1, device)
-        rows.append(dict(attack=name, official_s=None) | seconds)
+        rows[name] = dict(official_s=None) | timed(variants, 1, device)
     return rows
 
 
 def stage_bench(cfg):
     """Measure the core against plain PyTorch on this machine: to the screen and bench.json."""
-    device = torch.device(cfg.device)
-    on_cuda = device.type == "cuda"
+    on_cuda = cfg.device.startswith("cuda")
     cfg = replace(cfg, steps=10 if on_cuda else 2)
-    result = dict(attack=[], train_step=[], kernel=[])
+    result = dict(header=environment(cfg) | dict(attack_steps=cfg.steps))
+    result |= dict(attack=[], train_step=[], kernel=[])
     for batch in (32, 128):
         rows = bench_core(cfg, batch, 5 if on_cuda else 128 // batch)
         result["attack"] += rows["attack"]
         result["train_step"] += rows["train_step"]
     if on_cuda and triton:
-        result["kernel"] = bench_kernel(device)
+        result["kernel"] = bench_kernel(cfg.device)
     result["autoattack"] = bench_autoattack(cfg)
-    for part, rows in result.items():
-        for row in rows:
-            words = [f"{name} {value}" for name, value in row.items()]
-            say(f"{part:<11} {', '.join(words)}")
-    result["autoattack"] = {row.pop("attack"): row for row in result["autoattack"]}
-    header = environment(cfg) | dict(attack_steps=cfg.steps)
-    write_json(Path(cfg.out, "bench", "bench.json"), dict(header=header) | result)
+    say(pformat(result, width=100, sort_dicts=False))
+    write_json(Path(cfg.out, "bench", "bench.json"), result)
 
 
 # 13  Command line =================================================================================
@@ -3226,7 +3101,7 @@ def make_parser():
     )
     parser.add_argument("runs", nargs="*", type=os.path.expanduser, metavar="RUN")
     for f in fields(Config):
-        if f.name in ("runs", "role"):
+        if not f.metadata:
             continue
         flag = "--" + f.name.replace("_", "-")
         help = f.metadata["help"]
@@ -3252,11 +3127,9 @@ def parse_args(argv=None) -> list:
         cfg = Config(**dict(zip(given, values)))
         check_settings(cfg)
         cfg = resolve(cfg)
-        for flag in ("batch_size", "teacher_batch_size"):
-            size = getattr(cfg, flag) or WORLD
+        for size in (cfg.batch_size, cfg.teacher_batch_size or 0):
             if size % WORLD:
-                name = flag.replace("_", "-")
-                raise UserError(f"--{name} {size}: want a multiple of {WORLD} processes")
+                raise UserError(f"batch size {size}: want a multiple of {WORLD} processes")
         if cfg not in configs:
             configs.append(cfg)
     return configs
@@ -3339,14 +3212,13 @@ def unused_settings(cfg) -> set:
 
 
 def find_device(name) -> str:
-    """'cpu', 'cuda' or 'cuda:N' for a --device, under torchrun the rank's own; UserError for what
+    """'cpu' or 'cuda:N' for a --device, under torchrun the rank's own; UserError for what
     PyTorch does not see."""
-    gpus = torch.cuda.device_count()
-    known = ["cpu", *(f"cuda:{i}" for i in range(gpus))]
-    if gpus:
-        known.append("cuda")
+    known = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
     if name == "auto":
-        name = known[-1]
+        name = known[0]
+    if name == "cuda":
+        name = "cuda:0"
     if WORLD > 1 and name != "cpu":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name not in known:
@@ -3380,7 +3252,7 @@ def tune_process(cfg):
         torch.compiler.reset()
         torch._dynamo.config.recompile_limit = 64
     if cfg.device.startswith("cuda"):
-        torch.cuda.set_device(torch.device(cfg.device).index or 0)
+        torch.cuda.set_device(cfg.device)
     elif sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: no mapping below a GiB
@@ -3394,6 +3266,7 @@ def teacher_config(cfg) -> Config:
     its_own = dict.fromkeys(METHOD_SETTINGS | TEACHER_SETTINGS)
     its_own |= dict(
         role="student" if cfg.teacher_data == "full" else "teacher",
+        stage="train",
         teacher=None,
         checkpoint=cfg.teacher,
         attacks="clean,pgd",  # as Table 6
@@ -3412,18 +3285,15 @@ def find_teacher(cfg, data) -> Path:
     if cfg.teacher:
         return Path(cfg.teacher)
     its_cfg = teacher_config(cfg)
-    path = run_path(its_cfg)
-    its_data = balanced_data(its_cfg, data) if its_cfg.role == "teacher" else data
-    with hold_folder(path) as log:
-        open_run(its_cfg, its_data, path, log)
-        if not (path / "last.pt").exists():
-            train(its_cfg, its_data, path, log)
-    return path / "last.pt"
+    if its_cfg.role == "teacher":
+        data = balanced_data(its_cfg, data)
+    work_in_folder(its_cfg, data)
+    return run_path(its_cfg) / "last.pt"
 
 
-def own_teacher(cfg, data, path, log):
-    """The run's teacher as (fast, exact), images -> logits, from teacher.pt, which is copied into
-    the folder first; UserError where that has another one than --teacher."""
+def copy_teacher(cfg, data, path, log):
+    """Put the teacher that cfg asks for into the run's folder as teacher.pt; UserError where that
+    is another one than --teacher."""
     its_cfg = teacher_config(cfg)
     file = path / "teacher.pt"
     if not all(gather(file.exists())):
@@ -3432,15 +3302,11 @@ def own_teacher(cfg, data, path, log):
         log(f"teacher: a copy of {source}, weights crc32 {weights_crc32(model)}")
         save_model(file, its_cfg, data, model, epoch)
         gather(None)
-    model, _, nets = load_net(its_cfg, data, file)
     if cfg.teacher:
-        wanted, _, _ = load_net(its_cfg, data, cfg.teacher)
-        if weights_crc32(wanted) != weights_crc32(model):
+        ours, _, _ = load_net(its_cfg, data, file)
+        theirs, _, _ = load_net(its_cfg, data, cfg.teacher)
+        if weights_crc32(ours) != weights_crc32(theirs):
             raise UserError(f"{file} differs from {cfg.teacher}: choose another --out")
-    if cfg.compile != "off":
-        halves = 1 if cfg.kd == "kl" else 2  # x' and x - d in one batch
-        nets[0].speed_up(cfg.batch_size // WORLD * halves)
-    return nets
 
 
 def run_one(cfg):
@@ -3454,16 +3320,20 @@ def run_one(cfg):
     data = data.to(cfg.device)
     if cfg.stage == "teacher":
         find_teacher(cfg, data)
-        return
+    else:
+        work_in_folder(cfg, data)
+
+
+def work_in_folder(cfg, data):
+    """What the stage of a Config asks for, in the run's folder, as far as it is not done yet."""
     path = run_path(cfg)
     with hold_folder(path) as log:
         open_run(cfg, data, path, log)
         if cfg.stage != "eval":
-            teachers = (None, None)
             if METHODS[cfg.method].teacher:
-                teachers = own_teacher(cfg, data, path, log)
+                copy_teacher(cfg, data, path, log)
             if not (path / "last.pt").exists():
-                train(cfg, data, path, log, teachers)
+                train(cfg, data, path, log)
         if cfg.stage in ("eval", "all"):
             evaluate_run(cfg, data, path, log)
             report([path], replace(cfg, figures=None), path)
@@ -3481,15 +3351,14 @@ def run_folders(patterns) -> list:
 def run_stages(configs):
     """What a command line asks for."""
     cfg = configs[0]
-    if WORLD > 1 and cfg.stage in ("report", "theory", "bench"):
-        raise UserError(f"--stage {cfg.stage}: works in one process; start it without torchrun")
     if cfg.figures:
         with blaming("--figures needs matplotlib: pip install matplotlib", ImportError):
             importlib.import_module("matplotlib.figure")  # said now, not after days
     if cfg.stage == "theory":
         say(theory())
         if cfg.figures:
-            theory_figures(cfg.figures)
+            panels = [1, 2, 5]
+            save_figure(cfg.figures, "figure2.png", "Optimal classifiers", draw_boundaries, panels)
     elif cfg.stage == "bench":
         tune_process(cfg)
         stage_bench(cfg)
