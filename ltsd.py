@@ -3178,7 +3178,7 @@ def resolve(cfg) -> Config:
         values["teacher_batch_size"] = cfg.teacher_batch_size or values["batch_size"]
     if "ir" in values:
         values.setdefault("gamma", max(1.0, values["ir"] / 2))
-    if not cfg.runs:  # a report shows runs under their own
+    if cfg.stage != "report":  # which shows runs under their own
         values.setdefault("eval_eps", values["eps"])
     values["official"] = bool(cfg.official and row.official)
     values["device"] = find_device(cfg.device)
@@ -3369,6 +3369,7 @@ def run_stages(configs):
         if cfg.stage != "report":
             for one in configs:
                 run_one(one)
+            cfg = replace(cfg, eval_eps=None)  # each run's own
         several = len(configs) > 1 or cfg.figures
         if cfg.stage == "report" or (several and cfg.stage in ("eval", "all")):
             report([run_path(one) for one in configs], cfg, Path(cfg.out))

@@ -3997,6 +3997,12 @@ def test_a_report_stands_beside_its_runs_and_leaves_a_users_file_alone(tmp_path,
     assert "| 50.00 |" in said and f"{file} is not ours and stays as it is" in said
 
 
+def test_runs_of_several_radii_are_reported_under_their_own(tmp_path):
+    assert launch(tmp_path, *SHORT, "--method", "at-bsl", "--epochs", 1, "--eps", "4,8") == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "eps 4/255, 8/255" in text and "Left out" not in text
+
+
 def test_several_runs_of_a_command_end_with_one_report(copied_run, capsys):
     assert launch(copied_run, "--seed", "0,1", "--epochs", 1, "--teacher-epochs", 1) == 0
     text = (copied_run / "report.md").read_text()
