@@ -86,7 +86,7 @@ class UserError(ValueError):
 def first_line(error):
     """What an error says in its first line, without what torch says before the reason."""
     reason = getattr(error, "strerror", None) or str(error)
-    reason = re.sub("(?s).*(WeightsUnpickler error|state_dict for Net):", "", reason)
+    reason = re.split("WeightsUnpickler error:|state_dict for Net:", reason)[-1]
     return reason.strip().partition("\n")[0][:60] or "no reason given"
 
 
@@ -95,7 +95,7 @@ def blaming(what, kinds):
     """Inside, errors of these kinds become the UserError `what`, which says how to mend it."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except kinds as error:
         raise UserError(f"{what} ({type(error).__name__}: {first_line(error)})") from error
@@ -829,7 +829,8 @@ def pgd_attack(
     settings = (objective or cross_entropy_objective, eps, step_size, steps)
     ascend = partial(_ascend, net, *settings)
     if net.graphs is not None and len(x) in net.compiled_sizes:
-        return call_graphed(net.graphs, settings, ascend, inputs, pixels_differ)[0]
+        checks = (pixels_differ, lambda: [net.overflows])  # what the capture counts goes again
+        return call_graphed(net.graphs, settings, ascend, inputs, *checks)[0]
     with eval_mode(net):
         return ascend(*inputs)[0]
 
@@ -856,7 +857,7 @@ class ForeignNet(nn.Module):
 
 
 # What the objective of an image is multiplied with before its gradient is taken: fp16 flushes to
-# zero what is below 6e-8, as a confident image's gradient is. Elsewhere it changes no digit.
+# zero what is below 6e-8, as a confident image's gradient is.
 GRADIENT_SCALE = 2.0**10
 
 
@@ -992,15 +993,18 @@ class Trainer:
 
 def fall_back(task):
     """A task(cfg, data, path, log, ...) that begins again, from what it has saved, with a plainer
-    Config: in float32 where a lower precision overflows, uncompiled where compiled code or a graph
-    fails. An error is raised where neither is to blame, and as a UserError under --compile on."""
+    Config: in float32 where float16 overflows, uncompiled where compiled code or a graph fails. An
+    error is raised where neither is to blame, and as a UserError under --compile on and in one of
+    several processes."""
 
     @wraps(task)
     def persistent(cfg, data, path, log, *more):
         try:
             return task(cfg, data, path, log, *more)
         except OverflowError:
-            log(f"{cfg.amp} overflows: again, by float32 from here on")
+            if cfg.amp == "off":
+                raise
+            log("float16 overflows: again, by float32 from here on")
             plainer = replace(cfg, amp="off", compile="off")
         except Exception as error:
             if cfg.compile == "off" or isinstance(error, (UserError, torch.OutOfMemoryError)):
@@ -1020,10 +1024,9 @@ def train(cfg, data, path, log):
     """Train a Net as cfg says on `data`, from the folder's state.pt on where there is one.
 
     data: Data on the training device; path: the run's folder, with teacher.pt where the method
-    needs one; log: called with a line of text. Writes state.pt after every epoch, a student's
-    best.pt when it is found, and last.pt at the end. Every epoch draws from generators of its own,
-    so that a run that goes on needs no state of a generator. UserError when the loss is no longer
-    finite.
+    needs one; log: called with a line of text. Writes state.pt as it goes, a student's best.pt when
+    it is found, and last.pt at the end. Every epoch draws from generators of its own, so that a run
+    that goes on needs no state of a generator. UserError when the loss is no longer finite.
 
     Under torchrun the ranks share batches as DistributedSampler would: equal shares, the last batch
     filled up from the epoch's first images. Batch statistics and REAT's pairs are a share's own."""
@@ -1033,7 +1036,7 @@ def train(cfg, data, path, log):
         model = build_model(cfg.arch, len(data.classes), head).to(cfg.device)
     teacher = None
     if METHODS[cfg.method].teacher:
-        _, _, (teacher, _) = load_net(teacher_config(cfg), data, path / "teacher.pt")
+        teacher = load_net(teacher_config(cfg), data, path / "teacher.pt")[2][0]
         if cfg.compile != "off":
             halves = 1 if cfg.kd == "kl" else 2  # x' and x - d in one batch
             teacher.speed_up(cfg.batch_size // WORLD * halves)
@@ -1045,6 +1048,7 @@ def train(cfg, data, path, log):
     log(f"{cfg.role}: {cfg.method} on {len(data.train_labels)} images, {sizes}")
     milestones = [float(share) for share in cfg.milestones.split(",")]
     nets = None
+    written = -math.inf
     for epoch in range(state["epoch"] + 1, cfg.epochs + 1):
         began = time.perf_counter()
         lr = lr_at(epoch, cfg.epochs, cfg.lr, milestones)
@@ -1062,9 +1066,12 @@ def train(cfg, data, path, log):
                 line += "  *"
                 state["best"] = score
                 save_model(path / "best.pt", cfg, data, model, epoch)
+                written = -math.inf  # state.pt knows of every best.pt
         log(line)
-        networks = dict(model=model.state_dict(), optimizer=trainer.optimizer.state_dict())
-        write_atomic(path / "state.pt", state | networks)
+        if time.perf_counter() - written > 30:
+            networks = dict(model=model.state_dict(), optimizer=trainer.optimizer.state_dict())
+            write_atomic(path / "state.pt", state | networks)
+            written = time.perf_counter()
     save_model(path / "last.pt", cfg, data, model, cfg.epochs)
     gather(None)  # it is there before another rank asks for it
 
@@ -1115,11 +1122,12 @@ def train_epoch(trainer, data, epoch, lr, predicted_before, log):
 
 def read_sums(trainer, sums, where):
     """Loss and hits summed over the ranks. UserError for a loss that is not finite; OverflowError
-    where a low precision may be to blame."""
+    where float16 may be to blame."""
     sums = torch.cat([sums, trainer.frozen.overflows.view(1)])
     total, hits, overflows = np.sum(gather(sums.tolist()), axis=0)
     finite = math.isfinite(total)  # a NaN stays in a sum
-    if overflows or (trainer.cfg.amp != "off" and not finite):
+    dtypes = (trainer.frozen.dtype, getattr(trainer.teacher, "dtype", None))
+    if torch.float16 in dtypes and (overflows or not finite):
         raise OverflowError
     if not finite:
         raise UserError(
@@ -1366,9 +1374,11 @@ def _pictures(root):
     pictures = {}
     unread = 0
     for path in sorted(map(Path, glob.glob("*/**", root_dir=root, recursive=True))):
+        if (root / path).is_dir():
+            continue
         if torchvision.datasets.folder.is_image_file(path.name):
             pictures[str(root / path)] = path.parts[0]
-        elif (root / path).is_file():
+        else:
             unread += 1
     return pictures, unread
 
@@ -1383,7 +1393,8 @@ def load_folder(data_dir, size) -> Data:
     counts = Counter(train.values())
     if counts.keys().isdisjoint(test.values()):
         test, unread_tests = _pictures(root / "val")
-    unlike = sorted(counts.keys() ^ test.values())
+    folders = {path.rstrip("/\\") for path in glob.glob("*/", root_dir=root / "train")}
+    unlike = sorted((counts.keys() ^ test.values()) | (folders - counts.keys()))
     if unlike or len(counts) < 2:
         raise UserError(
             f"--data-dir {data_dir}: want DIR/train/CLASS/* and DIR/test/CLASS/*, the same classes "
@@ -1420,7 +1431,7 @@ def _fingerprint(pictures):
     """Checksum of the paths, classes, sizes and times (a change within a second counts)."""
     rows = []
     for path, name in pictures.items():
-        with blaming(f"{path} is gone: restore it, or unpack the data again", OSError):
+        with blaming(f"{path} is gone: restore it, remove its link, or unpack it again", OSError):
             about = os.stat(path)
         rows.append((path, name, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
     return zlib.crc32(repr(rows).encode())
@@ -1745,8 +1756,8 @@ def _sort_outputs(model, path, names, classes):
 # 8  AutoAttack ====================================================================================
 # Own code from the papers, in the maximum norm only. An attack is a function of the `points` that
 # it attacks together; it looks at images through points.gradient and points.margin alone, which
-# also judge them. A fifth attack: write the function and append it to `ATTACK_OF`, where its place
-# seeds its draws.
+# also judge them. A fifth attack: write the function and append it to `ATTACK_OF` below, where its
+# place seeds its draws; if it has targets, `autoattack` has to know.
 FLOATS = (torch.float32, torch.float64)
 
 
@@ -1794,8 +1805,9 @@ def input_gradient(net, x, objective):
         x = x.detach().requires_grad_()
         logits = net(x)
         values = objective(logits)
-        (gradient,) = torch.autograd.grad(values.sum() * GRADIENT_SCALE, x)
-    return logits.detach(), values.detach(), gradient / GRADIENT_SCALE
+        scale = GRADIENT_SCALE if getattr(net, "dtype", None) == torch.float16 else 1.0
+        (gradient,) = torch.autograd.grad(values.sum() * scale, x)
+    return logits.detach(), values.detach(), gradient / scale
 
 
 class AllFooled(Exception):
@@ -2020,7 +2032,7 @@ AUTOATTACK = tuple(ATTACK_OF)
 
 
 def warn(text):
-    warnings.warn(f"autoattack: {text}", stacklevel=3)
+    warnings.warn(f"autoattack: {text}", stacklevel=4)
 
 
 def warn_of_odd_models(net, x, y, gradients):
@@ -2198,9 +2210,9 @@ def evaluate(
     exact), the forwards that ascend and that decide, by default scoring_nets(model); verdicts are
     IEEE float32. Noise depends on the seed and on a batch's number only; under torchrun each rank
     takes whole batches, and all return the same. Returns clean, tail_clean, class_clean (a list)
-    and the like, and balanced_* (mean of the class accuracies); tail_* is None where no image is
-    of the tail. No global generator is touched and the model is
-    left as it was. ValueError for no images, or another dtype or shape."""
+    and the like, and balanced_* (mean of the class accuracies); tail_* is None where no image is of
+    the tail. No global generator is touched and the model is left as it was. ValueError for no
+    images, or another dtype or shape."""
     check_images(images_u8, labels, (torch.uint8,))
     if not set(attacks) <= set(ATTACKS) or min(batch_size, len(labels)) < 1:
         raise ValueError(
@@ -2240,7 +2252,7 @@ def accuracies(name, right, labels, tail):
     """bool [N] -> {name, tail_, class_, balanced_name: percent}."""
     counts = np.bincount(labels)
     per_class = 100 * np.bincount(labels, right) / counts.clip(1)
-    of_tail = right[np.isin(labels, tail)]
+    of_tail = right[np.isin(labels, list(tail))]
     return {
         name: 100 * float(right.mean()),
         f"tail_{name}": 100 * float(of_tail.mean()) if len(of_tail) else None,
@@ -2433,21 +2445,20 @@ def threat_of(cfg, unit=1) -> dict:
 
 def evaluate_run(cfg, data, path, log):
     """Evaluate teacher, best and last, or --checkpoint, as far as results.json lacks it."""
-    names = CHECKPOINTS[1:]
-    if METHODS[cfg.method].teacher:
-        names = CHECKPOINTS
+    files = {name: path / f"{name}.pt" for name in CHECKPOINTS}
+    if not METHODS[cfg.method].teacher:
+        del files["teacher"]
     if cfg.checkpoint:
-        names = [cfg.checkpoint]
-    for name in names:
+        files = {cfg.checkpoint: Path(cfg.checkpoint)}
+    for name, file in files.items():
         its_cfg = teacher_config(cfg) if name == "teacher" else cfg
-        evaluate_checkpoint(its_cfg, data, path, log, name)
+        evaluate_checkpoint(its_cfg, data, path, log, name, file)
 
 
 @fall_back
-def evaluate_checkpoint(cfg, data, path, log, name):
+def evaluate_checkpoint(cfg, data, path, log, name, file):
     """Score one checkpoint: a flat record of results.json, which belongs to weights, test images
     and threat. Best and last are scored once where they are one."""
-    file = path / f"{name}.pt" if name in CHECKPOINTS else Path(name)
     model, epoch, nets = load_net(cfg, data, file)
     threat = threat_of(cfg, 255) | {"seed": cfg.seed}
     images = data.test_images
@@ -3351,6 +3362,8 @@ def run_folders(patterns) -> list:
 def run_stages(configs):
     """What a command line asks for."""
     cfg = configs[0]
+    if WORLD > 1 and cfg.stage in ("report", "theory", "bench"):
+        raise UserError(f"--stage {cfg.stage}: works in one process; start it without torchrun")
     if cfg.figures:
         with blaming("--figures needs matplotlib: pip install matplotlib", ImportError):
             importlib.import_module("matplotlib.figure")  # said now, not after days

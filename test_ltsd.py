@@ -587,9 +587,10 @@ def test_a_test_folder_without_classes_gives_way_to_val(tmp_path):
         ([("test/b", "test/c")], ["--data-dir .", "same classes"]),
         ([("test", "x")], ["test/CLASS"]),
         ([("train/b/0.png", "x")], ["unlike: ['b']"]),
+        ([("train/b/0.png", "train/b/0.gif"), ("test/b", "y")], ["unlike: ['b']"]),
         ([("train/b", "x"), ("test/b", "y")], ["two or more"]),
     ],
-    ids=["other classes", "no test", "no image", "one class"],
+    ids=["other classes", "no test", "no image", "none in both", "one class"],
 )
 def test_a_folder_of_another_layout_is_refused_in_one_line(
     moved, said, tmp_path, capsys, monkeypatch
@@ -3441,6 +3442,15 @@ def test_with_compile_on_a_graph_that_fails_ends_the_training(graphs_on_cpu, tmp
     graphs_on_cpu("raises in capture", "step")
     with pytest.raises(ltsd.UserError, match="compiling fails here.*stream is capturing"):
         train_in(tmp_path / "run", "on")
+
+
+def test_an_overflow_in_float32_is_not_tried_again():
+    @ltsd.fall_back
+    def overflowing(*arguments):
+        raise OverflowError("int too large")
+
+    with pytest.raises(OverflowError, match="int too large"):
+        overflowing(config_of("--amp", "off"), None, None, failing)
 
 
 def test_an_epoch_that_overflows_float16_is_done_again_in_float32(tmp_path, monkeypatch):
