@@ -2254,8 +2254,8 @@ def accuracies(name, right, labels, tail):
     per_class = 100 * np.bincount(labels, right) / counts.clip(1)
     of_tail = right[np.isin(labels, list(tail))]
     return {
-        name: 100 * float(right.mean()),
-        f"tail_{name}": 100 * float(of_tail.mean()) if len(of_tail) else None,
+        name: 100 * int(right.sum()) / len(right),
+        f"tail_{name}": 100 * int(of_tail.sum()) / len(of_tail) if len(of_tail) else None,
         f"class_{name}": per_class.round(4).tolist(),
         f"balanced_{name}": float(per_class[counts > 0].mean()),
     }
