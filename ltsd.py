@@ -35,6 +35,7 @@ import itertools
 import json
 import math
 import re
+import struct
 import sys
 import time
 import warnings
@@ -1154,6 +1155,9 @@ def select(cfg, data, model, nets):
 
 
 # 6  Data ==========================================================================================
+UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
+
+
 @dataclass
 class Data:
     """A training and a test set: uint8 NCHW images, int64 labels, class 0 the most frequent: where
@@ -1440,8 +1444,7 @@ def _fingerprint(pictures):
 def _decode(path, size):
     """The centre square of an image file, upright, on white where it is transparent, scaled: uint8
     [size,size,3]. UserError where it cannot be read."""
-    # a damaged picture can raise any
-    with blaming(f"{path} is not a readable image: remove or replace it", Exception):
+    with blaming(f"{path} is not a readable image: remove or replace it", UNREADABLE):
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
         if image.mode in ("I", "F"):
@@ -2032,6 +2035,7 @@ AUTOATTACK = tuple(ATTACK_OF)
 
 
 def warn(text):
+    """A UserWarning that names AutoAttack."""
     warnings.warn(f"autoattack: {text}", stacklevel=4)
 
 
@@ -2263,7 +2267,8 @@ def accuracies(name, right, labels, tail):
 
 def save_examples(path, nets, images_u8, labels, count, log, *, seed=0, **threat):
     """Write a PNG grid of `count` images spread over the set: clean, after PGD, ten times the
-    difference; to the log their labels. threat: eps, step_size and steps."""
+    difference; to the log their labels and what the exact net says to both. threat: eps, step_size
+    and steps."""
     index = torch.linspace(0, len(labels) - 1, min(count, len(labels))).long()
     x = to_float(images_u8[index])
     noise = torch.Generator(x.device).manual_seed(derive_seed(seed, "examples"))
