@@ -48,7 +48,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial, wraps
 from pathlib import Path
-from pprint import pformat
 
 import numpy as np
 import torch
@@ -80,7 +79,7 @@ AMP_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32
 RANK, WORLD = 0, 1
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A mistake the user can mend: `main` prints its one line and returns 2."""
 
 
@@ -96,8 +95,6 @@ def blaming(what, kinds):
     """Inside, errors of these kinds become the UserError `what`, which says how to mend it."""
     try:
         yield
-    except (UserError, MemoryError):
-        raise
     except kinds as error:
         raise UserError(f"{what} ({type(error).__name__}: {first_line(error)})") from error
 
@@ -125,6 +122,11 @@ def show_progress(text=""):
 def derive_seed(seed, *words):
     """A 32-bit seed from the run's seed and a purpose: no two purposes share a random stream."""
     return zlib.crc32(repr((seed, *words)).encode())
+
+
+def random_stream(device, *words):
+    """The generator of a purpose, on a device; words as in derive_seed."""
+    return torch.Generator(device).manual_seed(derive_seed(*words))
 
 
 def gather(value) -> list:
@@ -160,7 +162,7 @@ _count = partial(_flag, low=1)
 @dataclass(frozen=True)
 class Settings:
     """What makes a run: another value of any of these is another run, in a folder of its own. All
-    but milestones take a comma list, which makes a run for each value."""
+    but milestones and official take a comma list, which makes a run for each value."""
 
     data: str = _flag("cifar100", "data set")
     image_size: int = _flag(None, "side of the images of --data folder (32)", low=16)
@@ -239,7 +241,7 @@ def balanced_indices(labels, per_class, seed) -> np.ndarray:
     image of a class of n is repeated floor(per_class/n) times; the remainder is drawn without
     replacement. labels: int [N], classes 0..C-1; per_class: whole number >= 1. Returns int64
     [C*per_class]. ValueError for another per_class or an empty class."""
-    if per_class < 1 or per_class != int(per_class):
+    if per_class < 1 or per_class % 1:
         raise ValueError(f"per_class {per_class}: must be a whole number of at least 1")
     labels = np.asarray(labels)
     rng = np.random.default_rng(seed)
@@ -379,8 +381,8 @@ def reat_tail_loss(features, y, counts) -> Tensor:
     counts = torch.as_tensor(counts).to(features)
     log_p = F.log_softmax(features, 1)
     anchor = log_p.detach()
-    entropy = (anchor.exp() * anchor).sum(1, keepdim=True)
-    divergence = entropy - anchor.exp() @ log_p.T  # [i,j] = KL(i || j)
+    negative_entropy = (anchor.exp() * anchor).sum(1, keepdim=True)
+    divergence = negative_entropy - anchor.exp() @ log_p.T  # [i,j] = KL(i || j)
     divergence = divergence.mean(1, keepdim=True) / features.shape[1]
     sign = 1 - 2 * (y[:, None] == y)
     u = (counts.sum() / counts).sqrt()[y]
@@ -392,9 +394,9 @@ def reat_tail_loss(features, y, counts) -> Tensor:
 @contextmanager
 def awp_perturbation(model, loss_fn, gamma):
     """AWP (Wu et al. 2020): inside, every trainable w of two or more dimensions is w + v, v = gamma
-    |w| g/|g|, g the gradient of loss_fn() at w; afterwards v is subtracted again. v is 0 where g is
-    not finite, since NaN could not be subtracted. gamma 0 does nothing at all. The ascent's own
-    forward leaves the model's buffers as they were."""
+    |w| g/|g|, g the gradient of loss_fn() at w; afterwards v is subtracted again. v is 0 for a w
+    with a g that is not finite, since NaN could not be subtracted. gamma 0 does nothing at all. The
+    ascent's own forward leaves the model's buffers as they were."""
     if gamma == 0:
         yield
         return
@@ -495,10 +497,6 @@ def kl_objective(logits, y, aux):
     return _kl(aux, logits)
 
 
-def _no_aux(frozen, x, counts, predicted):
-    return None
-
-
 def _clean_logits(frozen, x, counts, predicted):
     return frozen(x)
 
@@ -514,7 +512,8 @@ class Method:
     loss: Callable  # Batch -> (scalar, logits at x')
     objective: Callable | None = cross_entropy_objective  # of the training attack; None: x' = x
     init: str = "gauss"  # where the attack starts
-    aux: Callable = _no_aux  # (frozen, x, counts, predicted) -> the objective's third argument
+    # (frozen, x, counts, predicted) -> the objective's third argument
+    aux: Callable = lambda *_: None
     uses: tuple = ("alpha", "tau", "beta", "kd")  # which of these settings the loss reads
     head: str = "linear"
     awp: float = 0.0  # gamma of the weight perturbation around the step
@@ -719,7 +718,6 @@ def capture_cuda_graph(function, inputs):
         # thread_local: NCCL's own thread may call CUDA meanwhile
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             result = function(*inputs)
-    torch.cuda.current_stream().wait_stream(side)
     return graph.replay, result
 
 
@@ -730,11 +728,11 @@ def pixels_differ(got, wanted):
 
 def call_graphed(graphs, key, function, inputs, differ, updates=tuple):
     """function(*inputs), a tuple of tensors, valid until the next call, by a CUDA graph. The dict
-    `graphs` keeps one for each key and each shape of the inputs, so that an evaluation does not
-    push out the training's. A graph is captured at its first call, on ones (so that a value frozen
-    into it is found), and compared with the function itself: RuntimeError where differ(got, wanted)
-    says so of the two results, each followed by the changes of updates(), the tensors that the
-    function changes in place."""
+    `graphs` keeps one for each key and each shape of the inputs. A graph is captured at its first
+    call, on ones, so that a value frozen into it is found. updates() gives the tensors that the
+    function changes in place. The first replay is compared with the function itself by
+    differ(got, wanted): each is a list of the results, then of how much each tensor of updates()
+    changed. RuntimeError where they differ."""
     key = (key, *[tensor.shape for tensor in inputs])
     if key in graphs:
         return graphs[key](*inputs)
@@ -779,12 +777,13 @@ def check_images(x, y, dtypes=(torch.float32,)):
     given = f"{type(x)}, {type(y)}"
     fits = torch.is_tensor(x) and torch.is_tensor(y)
     if fits:
-        given = f"{x.dtype}, {list(x.shape)}, {y.dtype}, {list(y.shape)}, {x.device}, {y.device}"
-        labels = (y.dtype, y.shape, y.device)
-        fits = x.ndim == 4 and x.dtype in dtypes and labels == (torch.int64, x.shape[:1], x.device)
+        labels = f"{y.dtype}, {list(y.shape)}, {y.device}"
+        given = f"{x.dtype}, {list(x.shape)}, {x.device}, {labels}"
+        wanted = f"torch.int64, {list(x.shape[:1])}, {x.device}"
+        fits = x.ndim == 4 and x.dtype in dtypes and labels == wanted
     if not fits:
         raise ValueError(f"want images {dtypes[0]} [N,C,H,W] and labels int64 [N]; got {given}")
-    if x.is_floating_point() and not ((x >= 0) & (x <= 1)).all():  # or NaN
+    if x.is_floating_point() and not torch.equal(x, x.clamp(0, 1)):  # NaN equals nothing
         raise ValueError(
             f"x spans [{x.min():g}, {x.max():g}]: images must lie in [0,1]; divide by 255?"
         )
@@ -884,8 +883,8 @@ def _ascend(forward, objective, eps, step_size, steps, x, y, start, aux=None):
 
 # 5  Training ======================================================================================
 def lr_at(epoch, epochs, lr, milestones=(0.75, 0.9)) -> float:
-    """The learning rate of an epoch (1 .. epochs): lr, a tenth of it after each milestone, a share
-    of the epochs; no drop before one epoch is complete."""
+    """The learning rate of an epoch (1 .. epochs): lr, divided by ten after each milestone, which
+    is a share of the epochs, but never before the second epoch."""
     drops = sum(epoch > max(1, round(share * epochs, 6)) for share in milestones)
     return lr * 0.1**drops
 
@@ -911,7 +910,7 @@ class Trainer:
     it is: what is saved has no trace of the compiler."""
 
     def __init__(self, cfg, model, counts, teacher=None):
-        """teacher: images -> logits, by a copy that needs no gradients."""
+        """teacher: a FrozenCopy."""
         self.cfg = cfg
         self.model = model
         self.row = METHODS[cfg.method]
@@ -924,16 +923,12 @@ class Trainer:
             model.parameters(), momentum=cfg.momentum, weight_decay=cfg.weight_decay
         )
         self.compiled = model
-        self.graphs = None
         if cfg.compile != "off":
             self.compiled = torch.compile(model, dynamic=False)
             self.frozen.speed_up(self.whole_batch)
-        if self.frozen.graphs is not None and WORLD == 1:
-            # at batch 32 the host would need longer for the optimiser's step than the device
-            self.graphs = {}
-            for parameter in model.parameters():  # momentum stays where the graph looks for it
-                zero = torch.zeros_like(parameter)  # the same as none
-                self.optimizer.state[parameter] = {"momentum_buffer": zero}
+            if teacher is not None:
+                halves = 1 if cfg.kd == "kl" else 2  # x' and x - d in one batch
+                teacher.speed_up(self.whole_batch * halves)
 
     def updated_tensors(self):
         """What an optimiser's step changes in place."""
@@ -943,7 +938,7 @@ class Trainer:
     def steps_differ(self, got, wanted):
         """Whether two steps' losses, or what they change, differ by more than rounding."""
         limit = 2**-6 if self.cfg.amp == "bf16" else 1e-4
-        for part in (slice(0, 1), slice(2, None)):  # what is between them are the logits
+        for part in (slice(0, 1), slice(2, None)):  # the loss; the changes behind the logits
             ours = torch.cat([t.flatten() for t in got[part] if t.is_floating_point()])
             theirs = torch.cat([t.flatten() for t in wanted[part] if t.is_floating_point()])
             if not (ours - theirs).norm() <= limit * theirs.norm():
@@ -958,9 +953,9 @@ class Trainer:
 
     def attack(self, x, y, predicted, generator):
         """The training attack's x'. predicted: how often each class was predicted, for REAT."""
-        self.frozen.refresh()
         if self.row.objective is None:
             return x
+        self.frozen.refresh()
         return pgd_attack(
             self.frozen,
             x,
@@ -975,14 +970,17 @@ class Trainer:
         )
 
     def step(self, x, x_adv, y, alpha, lr):
-        """The optimiser's step at x' -> (loss, logits at x')."""
-        if self.graphs is None or len(x) != self.whole_batch:
+        """The optimiser's step at x' -> (loss, logits at x'). By a graph where the attack has them:
+        at batch 32 the host would need longer for it than the device."""
+        graphs = self.frozen.graphs
+        begun = len(self.optimizer.state) > 0  # momentum is where the graph will look for it
+        if graphs is None or WORLD > 1 or not begun or len(x) != self.whole_batch:
             return self._eager_step(x, x_adv, y, alpha, lr)
         alpha = torch.full((), alpha, device=x.device)
         lr = torch.full((), lr, device=x.device)
         inputs = [x, x_adv, y, alpha, lr]
         checks = (self.steps_differ, self.updated_tensors)
-        return call_graphed(self.graphs, "step", self._eager_step, inputs, *checks)
+        return call_graphed(graphs, "step", self._eager_step, inputs, *checks)
 
     def _eager_step(self, x, x_adv, y, alpha, lr):
         settings = self.optimizer.param_groups[0]
@@ -1000,22 +998,25 @@ def fall_back(task):
 
     @wraps(task)
     def persistent(cfg, data, path, log, *more):
-        try:
-            return task(cfg, data, path, log, *more)
-        except OverflowError:
-            if cfg.amp == "off":
+        while True:
+            try:
+                return task(cfg, data, path, log, *more)
+            except OverflowError:
+                if cfg.amp == "off":
+                    raise
+                log("float16 overflows: again, by float32 from here on")
+                cfg = replace(cfg, amp="off", compile="off")
+            except (UserError, MemoryError, torch.OutOfMemoryError):
                 raise
-            log("float16 overflows: again, by float32 from here on")
-            plainer = replace(cfg, amp="off", compile="off")
-        except Exception as error:
-            if cfg.compile == "off" or isinstance(error, (UserError, torch.OutOfMemoryError)):
-                raise
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            if cfg.compile == "on" or WORLD > 1:  # one rank alone cannot begin again
-                raise UserError(f"compiling fails here, try --compile off ({reason})") from error
-            log(f"again, uncompiled from here on ({reason})")
-            plainer = replace(cfg, compile="off")
-        return persistent(plainer, data, path, log, *more)
+            except Exception as error:
+                if cfg.compile == "off":
+                    raise
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                if cfg.compile == "on" or WORLD > 1:  # one rank alone cannot begin again
+                    remedy = "compiling fails here, try --compile off"
+                    raise UserError(f"{remedy} ({reason})") from error
+                log(f"again, uncompiled from here on ({reason})")
+                cfg = replace(cfg, compile="off")
 
     return persistent
 
@@ -1037,10 +1038,8 @@ def train(cfg, data, path, log):
         model = build_model(cfg.arch, len(data.classes), head).to(cfg.device)
     teacher = None
     if METHODS[cfg.method].teacher:
-        teacher = load_net(teacher_config(cfg), data, path / "teacher.pt")[2][0]
-        if cfg.compile != "off":
-            halves = 1 if cfg.kd == "kl" else 2  # x' and x - d in one batch
-            teacher.speed_up(cfg.batch_size // WORLD * halves)
+        # the fast one of its two nets; RoBal's with its post-hoc head
+        _, _, (teacher, _) = load_net(teacher_config(cfg), data, path / "teacher.pt")
     trainer = Trainer(cfg, model, data.counts, teacher)
     # what is true after the last complete epoch; predicted: how often each class was, at x'
     state = dict(epoch=0, best=-1.0, predicted=trainer.counts.double().cpu())
@@ -1048,7 +1047,6 @@ def train(cfg, data, path, log):
     sizes = f"{data.counts[0]} to {data.counts[-1]} a class"
     log(f"{cfg.role}: {cfg.method} on {len(data.train_labels)} images, {sizes}")
     milestones = [float(share) for share in cfg.milestones.split(",")]
-    nets = None
     written = -math.inf
     for epoch in range(state["epoch"] + 1, cfg.epochs + 1):
         began = time.perf_counter()
@@ -1059,15 +1057,14 @@ def train(cfg, data, path, log):
         line = f"{cfg.role} {epoch:>4}/{cfg.epochs:<4} lr {lr:<7.2g} loss {loss:8.4f}"
         line += f"  train {accuracy:6.2f}  {time.perf_counter() - began:7.1f} s"
         if cfg.role == "student" and (lr < cfg.lr or epoch == cfg.epochs):
-            nets = nets or scoring_nets(model, cfg, data.counts)
-            scores = select(cfg, data, model, nets)
+            scores = select(cfg, data, model)
             score = scores["pgd" if trainer.row.objective else "clean"]
             line += "  test " + "  ".join(f"{name} {scores[name]:6.2f}" for name in scores)
             if score > state["best"]:
                 line += "  *"
                 state["best"] = score
                 save_model(path / "best.pt", cfg, data, model, epoch)
-                written = -math.inf  # state.pt knows of every best.pt
+                written = -math.inf  # write state.pt now: it knows of every best.pt
         log(line)
         if time.perf_counter() - written > 30:
             networks = dict(model=model.state_dict(), optimizer=trainer.optimizer.state_dict())
@@ -1082,10 +1079,8 @@ def train_epoch(trainer, data, epoch, lr, predicted_before, log):
     predicted there)."""
     cfg = trainer.cfg
     device = data.train_images.device
-    draws = torch.Generator()
-    draws.manual_seed(derive_seed(cfg.seed, cfg.role, epoch))
-    noise = torch.Generator(device)
-    noise.manual_seed(derive_seed(cfg.seed, cfg.role, epoch, "noise", RANK))
+    draws = random_stream("cpu", cfg.seed, cfg.role, epoch)
+    noise = random_stream(device, cfg.seed, cfg.role, epoch, "noise", RANK)
     order = torch.randperm(len(data.train_labels), generator=draws)
     order = torch.cat([order, order[: -len(order) % WORLD]]).to(device)
     images = augment(data.train_images[order], cfg.aug, draws)
@@ -1137,10 +1132,9 @@ def read_sums(trainer, sums, where):
     return total, hits
 
 
-def select(cfg, data, model, nets):
+def select(cfg, data, model):
     """{attack: accuracy on the test set}, by which the best epoch is chosen."""
-    for net in set(nets):
-        net.refresh()
+    plain = replace(cfg, compile="off")  # this takes seconds, compiling would take longer
     attacks = ["clean", "pgd"] if METHODS[cfg.method].objective else ["clean"]
     scores = evaluate(
         model,
@@ -1149,7 +1143,7 @@ def select(cfg, data, model, nets):
         attacks=attacks,
         eps=(cfg.eps or 0) / 255,
         seed=cfg.seed,
-        nets=nets,
+        nets=scoring_nets(model, plain, data.counts),
     )
     return {name: scores[name] for name in attacks}
 
@@ -1171,17 +1165,8 @@ class Data:
     counts: list = field(default_factory=list)  # training images per class
     tail: list = field(default_factory=list)  # the classes of the tail group
 
-    def crc32(self, part):
-        """Checksum of the 'train' or the 'test' images and labels."""
-        return _crc32([getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")])
 
-    def to(self, device):
-        """The same data with its four tensors on `device`."""
-        tensors = {name: v.to(device) for name, v in vars(self).items() if torch.is_tensor(v)}
-        return replace(self, **tensors)
-
-
-def _crc32(tensors):
+def _crc32(*tensors):
     checksum = 0
     for tensor in tensors:
         checksum = zlib.crc32(tensor.cpu().contiguous().numpy(), checksum)
@@ -1242,10 +1227,9 @@ def augment(images_u8, policy, generator) -> Tensor:
     device = images_u8.device
     if policy != "none":
         images_u8 = _apply_policy(images_u8, policy, generator)
-    pad = 4
-    corner = torch.randint(2 * pad + 1, (2, n), generator=generator).to(device)
+    corner = torch.randint(9, (2, n), generator=generator).to(device)  # of the 9 x 9 windows
     flip = torch.randint(2, (n,), generator=generator).to(device).bool()
-    padded = F.pad(images_u8, (pad, pad, pad, pad))
+    padded = F.pad(images_u8, [4] * 4)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [N,3,9,9,H,W], a view
     cut = windows[torch.arange(n, device=device), :, corner[0], corner[1]]  # [N,3,H,W]
     return torch.where(flip[:, None, None, None], cut.flip(3), cut)
@@ -1265,7 +1249,7 @@ def _apply_policy(images_u8, policy, generator):
 
 
 def load_data(cfg) -> Data:
-    """The long-tailed training set and the test set of a resolved Config, as CPU tensors. The
+    """The long-tailed training set and the test set of a resolved Config, on its device. The
     limits apply first; then each class is thinned to the largest profile of ratio cfg.ir that all
     classes can fill, and stays as it is where cfg.ir is None. UserError where there is none."""
     if cfg.data == "synthetic":
@@ -1283,11 +1267,11 @@ def load_data(cfg) -> Data:
     if cfg.ir is not None:
         data.counts = _largest_profile(available, cfg.ir)
     kept = kept[long_tail_indices(labels, data.counts)]
-    data.train_images = data.train_images[kept]
-    data.train_labels = data.train_labels[kept]
+    data.train_images = data.train_images[kept].to(cfg.device)
+    data.train_labels = data.train_labels[kept].to(cfg.device)
     kept = _limited(data.test_labels, cfg.test_limit)
-    data.test_images = data.test_images[kept]
-    data.test_labels = data.test_labels[kept]
+    data.test_images = data.test_images[kept].to(cfg.device)
+    data.test_labels = data.test_labels[kept].to(cfg.device)
     classes = len(data.classes)
     data.tail = list(range(classes - max(1, classes // 10), classes))
     return data
@@ -1310,8 +1294,7 @@ def _largest_profile(available, ir):
 def _limited(labels, limit):
     """Positions of about `limit` labels: the same share of every class, but at least one of each,
     by a fixed seed and in their order; all of them where limit is None."""
-    if limit is None or limit >= len(labels):
-        return np.arange(len(labels))
+    limit = limit or len(labels)
     rng = np.random.default_rng(0)
     chosen = []
     for c in range(int(labels.max()) + 1):
@@ -1350,16 +1333,15 @@ TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
 def load_tinyimagenet(data_dir) -> Data:
-    """Tiny-ImageNet from the official zip, by torchvision: fetched when absent, unpacked when one
-    of its 200 classes is missing. Classes are the sorted wnids; the test set is the official
-    validation set, labelled by val_annotations.txt. UserError where images are missing."""
+    """Tiny-ImageNet from the official zip, by torchvision, fetched and unpacked when absent.
+    Classes are the sorted wnids; the test set is the official validation set, labelled by
+    val_annotations.txt. UserError where images are missing."""
     root = Path(data_dir, "tiny-imagenet-200")
     annotations = root / "val" / "val_annotations.txt"
-    train, _ = _pictures(root / "train")
-    if not annotations.exists() or len(set(train.values())) < 200:
+    if not annotations.exists():
         with _fetching("tiny-imagenet-200.zip", data_dir):
             download_and_extract_archive(TINY_URL, data_dir, md5=TINY_MD5)
-        train, _ = _pictures(root / "train")
+    train, _ = _pictures(root / "train")
     test = {}
     remedy = "delete this folder, and it is unpacked again"
     with blaming(f"{root} is incomplete: {remedy}", (OSError, LookupError, ValueError)):
@@ -1388,8 +1370,8 @@ def _pictures(root):
 
 
 def load_folder(data_dir, size) -> Data:
-    """Images of data_dir/train/CLASS/ and data_dir/test/CLASS/ (val/ where test/ has no image of a
-    class), scaled to `size` pixels. Classes are ordered by training count, most frequent first,
+    """Images of data_dir/train/CLASS/ and data_dir/test/CLASS/ (val/ where test/ has none of the
+    classes), scaled to `size` pixels. Classes are ordered by training count, most frequent first,
     ties by name. UserError for another layout."""
     root = Path(data_dir)
     train, unread = _pictures(root / "train")
@@ -1416,7 +1398,7 @@ def _read_images(train, test, classes, size, cache) -> Data:
     made again when an image is added, removed or changed."""
     pictures = train | test
     key = _fingerprint(pictures)
-    with suppress(UserError):  # a missing or broken cache is made again
+    with suppress(UserError, LookupError, TypeError):  # a missing or broken cache is made again
         saved = read_checkpoint(cache)
         if saved["key"] == key:
             return Data(**saved["data"])
@@ -1432,7 +1414,7 @@ def _read_images(train, test, classes, size, cache) -> Data:
 
 
 def _fingerprint(pictures):
-    """Checksum of the paths, classes, sizes and times (a change within a second counts)."""
+    """Checksum of the paths, classes, sizes, and times to the nanosecond."""
     rows = []
     for path, name in pictures.items():
         with blaming(f"{path} is gone: restore it, remove its link, or unpack it again", OSError):
@@ -1466,7 +1448,7 @@ def make_synthetic(train_per_class=160, test_per_class=25, size=32) -> Data:
     wipe it out, yet enough for a naturally trained network to decide by. Phases are random, so that
     a crop changes nothing."""
     rng = np.random.default_rng(2025)
-    yy, xx = np.mgrid[0:size, 0:size].astype(np.float32)
+    yy, xx = np.mgrid[:size, :size]
     c = np.arange(10)[:, None, None]  # the classes; [N,1,1] broadcasts over the pixels
     angles = np.pi * (c % 5 + 0.5) / 10  # within a quadrant: a flip must not change the class
     coarse = np.where(c < 5, 14.0, 7.5)  # wavelengths in pixels
@@ -1588,6 +1570,8 @@ class Normalize(nn.Module):
 
     def __init__(self, mean, std):
         super().__init__()
+        if min(std) <= 0:
+            raise ValueError("a std is not positive")
         mean_and_std = torch.tensor([mean, std]).view(2, 3, 1, 1)
         self.register_buffer("mean_and_std", mean_and_std)
 
@@ -1661,17 +1645,13 @@ def build_model(arch, num_classes, head="linear", mean=None, std=None) -> nn.Mod
         net.add_module("bn1" if wide else "bn", nn.BatchNorm2d(width))
         net.relu = nn.ReLU()
     net.add_module("fc" if wide else "linear", HEADS[head](width, num_classes))
-    if wide:
-        net.apply(_initialise_as_published)
+    if wide:  # the public WRN's initialisation; the other networks keep PyTorch's
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if head == "linear":
+            nn.init.zeros_(net.fc.bias)
     return net.to(memory_format=torch.channels_last)
-
-
-def _initialise_as_published(module):
-    """The public WRN's initialisation; the other networks keep PyTorch's."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 def weights_of(model):
@@ -1681,7 +1661,7 @@ def weights_of(model):
 
 def weights_crc32(model):
     """Checksum of all weights and statistics: the same for the same network, whatever its file."""
-    return _crc32(weights_of(model).values())
+    return _crc32(*model.state_dict().values())
 
 
 def _numpy_types():
@@ -1764,11 +1744,6 @@ def _sort_outputs(model, path, names, classes):
 FLOATS = (torch.float32, torch.float64)
 
 
-def image_like(rows):
-    """[N] -> [N,1,1,1], to broadcast against images."""
-    return rows.view(-1, 1, 1, 1)
-
-
 def margin(logits, y):
     """z_y - max of the others, [N]."""
     others = logits.scatter(1, y[:, None], -math.inf).amax(1)
@@ -1776,8 +1751,9 @@ def margin(logits, y):
 
 
 def is_fooled(logits, y, slack):
-    """bool [N]: another class beats y by more than -slack, a share of the spread of the logits,
-    which an offset does not change. NaN logits never count."""
+    """bool [N]: the margin is below slack times the spread of the logits, which an offset does not
+    change. A positive slack takes near misses as well, a negative one wants a clear win. NaN logits
+    never count."""
     spread = logits.amax(1) - logits.amin(1)
     return margin(logits, y) < slack * spread
 
@@ -1836,31 +1812,30 @@ class Points:
         dtype = getattr(self.fast, "dtype", torch.float32)
         self.slack = 2 * torch.finfo(dtype).eps
         self.found = self.x.clone()
-        self.left = torch.arange(len(self.x), device=self.x.device)
+        self.left = torch.ones_like(self.y, dtype=torch.bool)
 
     def gradient(self, images, objective):
         """(objective(logits, y, target), its gradient) at images [N,C,H,W]; zeros for the
         fooled."""
-        rows = self._padded(self.left)
-        y = self.y[rows]
-        target = self.target[rows]
-        logits, values, slopes = input_gradient(
-            self.fast, images[rows], lambda logits: objective(logits, y, target)
-        )
+        rows = self._padded(self.left.nonzero()[:, 0])
+        its_objective = partial(objective, y=self.y[rows], target=self.target[rows])
+        logits, values, slopes = input_gradient(self.fast, images[rows], its_objective)
         self._judge(images, rows, logits)
         return self._whole(rows, values), self._whole(rows, slopes.nan_to_num(0, 0, 0))
 
     def margin(self, images):
         """z_y - max of the others at images; zeros for the fooled."""
-        rows = self._padded(self.left)
+        rows = self._padded(self.left.nonzero()[:, 0])
         logits = self.fast(images[rows])
         self._judge(images, rows, logits)
         return self._whole(rows, margin(logits, self.y[rows]))
 
     def _whole(self, rows, values):
-        """Values of all points from those of rows; the others are zero."""
-        whole = values.new_zeros(len(self.y), *values.shape[1:])
-        whole[rows] = values
+        """Values of all points from those of rows, the others zero: [N,C,H,W], or [N,1,1,1] of a
+        value per point."""
+        shape = values.shape[1:] or (1, 1, 1)
+        whole = values.new_zeros(len(self.y), *shape)
+        whole[rows] = values.view(-1, *shape)
         return whole
 
     def _padded(self, rows):
@@ -1888,8 +1863,8 @@ class Points:
             slack = -100 * torch.finfo(logits.dtype).eps
             fooled = asked[is_fooled(logits, self.y[asked], slack)]
             self.found[fooled] = images[fooled]
-            self.left = self.left[~torch.isin(self.left, fooled)]
-        if len(self.left) == 0:
+            self.left[fooled] = False
+        if not self.left.any():
             raise AllFooled
 
 
@@ -1913,11 +1888,11 @@ def apgd(points, generator, iterations, objective):
     step_size = torch.full_like(loss, 2 * points.eps)
     rises = torch.zeros_like(loss)
     loss_at_check = best_loss
-    halved = torch.ones_like(loss, dtype=torch.bool)
+    halved = torch.ones_like(loss, dtype=torch.bool)  # none counts as stuck at the first check
     interval = max(int(0.22 * iterations), 1)
     check = interval
     for k in range(1, iterations + 1):
-        aim = (z + image_like(step_size) * gradient.sign()).clamp(low, high)
+        aim = (z + step_size * gradient.sign()).clamp(low, high)
         momentum = 0.75 if k > 1 else 1.0
         moved = z + momentum * (aim - z) + (1 - momentum) * (z - previous)
         previous = z
@@ -1926,66 +1901,68 @@ def apgd(points, generator, iterations, objective):
         loss, gradient = points.gradient(z, objective)
         rises += loss > last_loss
         better = loss > best_loss
-        best = torch.where(image_like(better), z, best)
-        best_gradient = torch.where(image_like(better), gradient, best_gradient)
+        best = torch.where(better, z, best)
+        best_gradient = torch.where(better, gradient, best_gradient)
         best_loss = torch.where(better, loss, best_loss)
         if k == check:
             # too few steps rose, or the best stood still since a checkpoint that did not halve
             stuck = ~halved & (loss_at_check >= best_loss)
             halved = (rises <= 0.75 * interval) | stuck
             step_size = torch.where(halved, step_size / 2, step_size)
-            z = torch.where(image_like(halved), best, z)
-            gradient = torch.where(image_like(halved), best_gradient, gradient)
+            z = torch.where(halved, best, z)
+            gradient = torch.where(halved, best_gradient, gradient)
             loss_at_check = best_loss
             rises = torch.zeros_like(rises)
             interval = max(interval - max(int(0.03 * iterations), 1), int(0.06 * iterations), 1)
             check += interval
 
 
+def total(images):
+    """The sum of each image's values, [N,1,1,1]."""
+    return images.sum((1, 2, 3), keepdim=True)
+
+
 def project_linf(t, w, gap):
     """Smallest d in the maximum norm with <w, d> = -gap and t + d in [0, 1]; else the corner
-    closest to that. t, w [N, D]; gap [N]. Every coordinate moves by the same length, cut at the
-    room it has. The length solves sum |w| min(length, room) = |gap|: concave and piecewise linear,
-    so Newton from the left arrives exactly, after about four turns (sorting the breakpoints takes
-    three times as long)."""
+    closest to that. t, w [N,C,H,W]; gap [N,1,1,1]. Every coordinate moves by the same length, cut
+    at the room it has. The length solves sum |w| min(length, room) = |gap|: concave and piecewise
+    linear, so Newton from the left arrives exactly, after about four turns (sorting the breakpoints
+    takes three times as long)."""
     need = gap.abs()
     weight = w.abs()
-    down = w * gap.sign()[:, None]  # > 0 where the coordinate has to fall
+    down = w * gap.sign()  # > 0 where the coordinate has to fall
     room = torch.where(down > 0, t, 1 - t)
     full = weight * room
-    length = need / weight.sum(1).clamp_min(1e-30)
+    length = need / total(weight).clamp_min(1e-30)
     for _ in range(16):  # made-up heavy-tailed gradients took 14 at the most
-        free = (room > length[:, None]).to(t.dtype)
-        taken = (full * (1 - free)).sum(1)
-        longer = (need - taken) / (weight * free).sum(1).clamp_min(1e-30)
+        free = (room > length).to(t.dtype)
+        taken = total(full * (1 - free))
+        longer = (need - taken) / total(weight * free).clamp_min(1e-30)
         before = length
         length = torch.maximum(length, longer)
         if length.is_cpu and torch.equal(length, before):  # a GPU would have to be waited for
             break
-    return -down.sign() * torch.minimum(length[:, None], room)
+    return -down.sign() * torch.minimum(length, room)
 
 
 def fab(points, generator, iterations):
     """Targeted FAB (Croce & Hein 2020, arXiv 1907.02044): step onto the linearised boundary to the
     target, drawn to the clean point; once across it, step back towards the clean point. It draws
-    nothing from the generator."""
-    alpha_max, overshoot, backward = 0.1, 1.05, 0.9
+    nothing from the generator. Theirs: alpha up to 0.1, overshoot 1.05, backward step 0.9."""
     x = points.x
     z = x
     for _ in range(iterations):
-        gap, gradient = points.gradient(z, logit_gap)
-        w = gradient.flatten(1)
-        gap_at_x = gap + (w * (x - z).flatten(1)).sum(1)
-        from_z = project_linf(z.flatten(1), w, gap)
-        from_x = project_linf(x.flatten(1), w, gap_at_x)
-        near = from_z.abs().amax(1).clamp_min(1e-8)
-        far = from_x.abs().amax(1).clamp_min(1e-8)
-        alpha = image_like((near / (near + far)).clamp(max=alpha_max))
-        moved_z = z + overshoot * from_z.view_as(z)
-        moved_x = x + overshoot * from_x.view_as(z)
+        gap, w = points.gradient(z, logit_gap)
+        from_z = project_linf(z, w, gap)
+        from_x = project_linf(x, w, gap + total(w * (x - z)))
+        near = from_z.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-8)
+        far = from_x.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-8)
+        alpha = (near / (near + far)).clamp(max=0.1)
+        moved_z = z + 1.05 * from_z
+        moved_x = x + 1.05 * from_x
         z = ((1 - alpha) * moved_z + alpha * moved_x).clamp(0, 1)
         crossed = points.margin(z) < 0
-        z = torch.where(image_like(crossed), x + backward * (z - x), z)
+        z = torch.where(crossed, x + 0.9 * (z - x), z)
 
 
 def square_side(query, height, width):
@@ -1998,8 +1975,7 @@ def square_side(query, height, width):
 def square(points, generator, queries):
     """Square attack (Andriushchenko et al. 2020, arXiv 1912.00049): random search without
     gradients. Vertical stripes first; then one square of the best image takes new colours, each
-    channel one of its two bounds: from the stripes on, every pixel lies on a bound, where adding
-    +-2 eps and projecting means just that."""
+    channel one of its two bounds."""
     low, high = ball(points)
     channels, height, width = points.x.shape[1:]
     device = points.x.device
@@ -2017,10 +1993,10 @@ def square(points, generator, queries):
         colour = torch.where(coin(channels, 1, 1), low, high)
         z = best.clone()
         window = (..., slice(top, top + side), slice(left, left + side))
-        z[window] = colour[window]
+        z[window] = colour[window]  # where all pixels lie on bounds: +-2 eps, then projected
         value = points.margin(z)
         better = value < best_margin
-        best = torch.where(image_like(better), z, best)
+        best = torch.where(better, z, best)
         best_margin = torch.where(better, value, best_margin)
 
 
@@ -2137,13 +2113,11 @@ def run_attack(
         for rows in left.nonzero()[:, 0].split(batch_size):
             show_progress(f"{name}, target {nth}: {left.sum()} points robust")
             points = Points(*nets, x[rows], y[rows], rivals[rows, nth], eps, batch_size)
-            draws_seed = derive_seed(seed, "autoattack", AUTOATTACK.index(name), nth)
-            generator = torch.Generator().manual_seed(draws_seed)
+            draws = random_stream("cpu", seed, "autoattack", AUTOATTACK.index(name), nth)
             with suppress(AllFooled):
-                ATTACK_OF[name](points, generator, steps)
+                ATTACK_OF[name](points, draws, steps)
             images[rows] = points.found
-            left[rows] = False
-            left[rows[points.left]] = True
+            left[rows] = points.left
     show_progress()
     rows = (robust & ~left).nonzero()[:, 0]
     return dict(rows=rows.cpu(), images=images[rows].cpu())
@@ -2171,8 +2145,8 @@ def scoring_nets(model, cfg=None, counts=()):
     """(fast, exact): what an evaluation's attacks move by, and what decides. A float32 Net as two
     copies: float16 on CUDA, where it is as fast as bfloat16 and eight times as fine, elsewhere of
     cfg's precision (default: the fastest of the device), and float32; with 'off' one copy twice, as
-    any other module. RoBal's network gets its post-hoc head beyond 10 classes: 10 * scores - 1.7
-    ln(n_c/N), attacked as such."""
+    any other module. With `counts`, training images per class, RoBal's network gets its post-hoc
+    head beyond 10 classes: 10 * scores - 1.7 ln(n_c/N), attacked as such."""
     if not isinstance(model, Net):
         net = ForeignNet(model)
         return net, net
@@ -2213,10 +2187,10 @@ def evaluate(
     exit); 'aa' the accuracy under AutoAttack standard, to which log and state go. nets: (fast,
     exact), the forwards that ascend and that decide, by default scoring_nets(model); verdicts are
     IEEE float32. Noise depends on the seed and on a batch's number only; under torchrun each rank
-    takes whole batches, and all return the same. Returns clean, tail_clean, class_clean (a list)
-    and the like, and balanced_* (mean of the class accuracies); tail_* is None where no image is of
-    the tail. No global generator is touched and the model is left as it was. ValueError for no
-    images, or another dtype or shape."""
+    takes whole batches, and all return the same. Returns clean, tail_clean, class_clean (a list, 0
+    for a class without images) and the like; tail_*
+    is None where no image is of the tail. No global generator is touched and the model is left as
+    it was. ValueError for no images, or another dtype or shape."""
     check_images(images_u8, labels, (torch.uint8,))
     if not set(attacks) <= set(ATTACKS) or min(batch_size, len(labels)) < 1:
         raise ValueError(
@@ -2241,8 +2215,7 @@ def evaluate(
             y = labels[part]
             with eval_mode(nets[1]), torch.no_grad(), ieee_float32():
                 if name == "pgd":
-                    words = (seed, "evaluation", number * WORLD + RANK)
-                    noise = torch.Generator(device).manual_seed(derive_seed(*words))
+                    noise = random_stream(device, seed, "evaluation", number * WORLD + RANK)
                     threat = dict(eps=eps, step_size=step_size, steps=steps, generator=noise)
                     x = pgd_attack(nets[0], x, y, **threat)
                 logits = nets[1](x)
@@ -2253,7 +2226,7 @@ def evaluate(
 
 
 def accuracies(name, right, labels, tail):
-    """bool [N] -> {name, tail_, class_, balanced_name: percent}."""
+    """bool [N] -> {name, tail_name, class_name: percent}."""
     counts = np.bincount(labels)
     per_class = 100 * np.bincount(labels, right) / counts.clip(1)
     of_tail = right[np.isin(labels, list(tail))]
@@ -2261,7 +2234,6 @@ def accuracies(name, right, labels, tail):
         name: 100 * int(right.sum()) / len(right),
         f"tail_{name}": 100 * int(of_tail.sum()) / len(of_tail) if len(of_tail) else None,
         f"class_{name}": per_class.round(4).tolist(),
-        f"balanced_{name}": float(per_class[counts > 0].mean()),
     }
 
 
@@ -2271,7 +2243,7 @@ def save_examples(path, nets, images_u8, labels, count, log, *, seed=0, **threat
     and steps."""
     index = torch.linspace(0, len(labels) - 1, min(count, len(labels))).long()
     x = to_float(images_u8[index])
-    noise = torch.Generator(x.device).manual_seed(derive_seed(seed, "examples"))
+    noise = random_stream(x.device, seed, "examples")
     x_adv = pgd_attack(nets[1], x, labels[index], generator=noise, **threat)
     difference = (0.5 + 10 * (x_adv - x)).clamp(0, 1)
     triples = torch.stack([x, x_adv, difference], 1).flatten(0, 1)
@@ -2362,13 +2334,13 @@ def identity(cfg) -> dict:
 
 def run_path(cfg) -> Path:
     """A run's folder: below --out, named by what people vary and a checksum of all Settings (for
-    --data folder also of the place)."""
-    place = os.path.realpath(cfg.data_dir) if cfg.data == "folder" else ""
+    --data folder also of the folder's name, which is the same on another machine)."""
+    place = Path(cfg.data_dir).resolve().name if cfg.data == "folder" else ""
     digest = zlib.crc32(json.dumps([identity(cfg), place]).encode())
     ratio = "owncounts" if cfg.ir is None else f"ir{cfg.ir:g}"
     method = "teacher" if cfg.role == "teacher" else cfg.method
-    words = [cfg.data, ratio, method, cfg.arch, f"seed{cfg.seed}", f"{digest:08x}"]
-    return Path(cfg.out, "-".join(words))
+    name = f"{cfg.data}-{ratio}-{method}-{cfg.arch}-seed{cfg.seed}-{digest:08x}"
+    return Path(cfg.out, name)
 
 
 def environment(cfg) -> dict:
@@ -2385,29 +2357,27 @@ def environment(cfg) -> dict:
 
 
 def open_run(cfg, data, path, log):
-    """Write config.json, or compare with the one that is there: UserError where Settings or
-    training images differ."""
-    own = identity(cfg) | {"images": data.crc32("train")}
+    """Write config.json, or compare with the one that is there: UserError where the training
+    images differ. (Other Settings have another folder.)"""
+    images = _crc32(data.train_images, data.train_labels)
     known = read_json(path / "config.json")
-    if known.get("identity", own) != own:
-        raise UserError(
-            f"{path} holds a run of other settings or training images: choose another --out"
-        )
+    if known.get("images", images) != images:
+        raise UserError(f"{path} holds a run of other training images: choose another --out")
     about = environment(cfg)
     log(f"run {path}: {about}")
     before = known.get("environment", about)["processes"]
     if before != WORLD:
         log(f"going on with {WORLD} processes, begun with {before}")
     classes = dict(names=data.classes, counts=data.counts, tail=data.tail)
-    content = dict(identity=own, config=asdict(cfg), environment=about, classes=classes)
+    content = dict(config=asdict(cfg), images=images, environment=about, classes=classes)
     write_json(path / "config.json", content)
 
 
 def save_model(path, cfg, data, model, epoch):
     """A checkpoint that load_weights reads: public parameter names, and the names of the
     classes."""
-    content = dict(state_dict=weights_of(model), epoch=epoch, arch=cfg.arch)
-    write_atomic(path, content | dict(classes=list(data.classes)))
+    about = dict(epoch=epoch, arch=cfg.arch, classes=data.classes)
+    write_atomic(path, dict(state_dict=weights_of(model)) | about)
 
 
 def load_state(path, trainer, log) -> dict:
@@ -2450,13 +2420,14 @@ def threat_of(cfg, unit=1) -> dict:
 
 def evaluate_run(cfg, data, path, log):
     """Evaluate teacher, best and last, or --checkpoint, as far as results.json lacks it."""
-    files = {name: path / f"{name}.pt" for name in CHECKPOINTS}
+    names = list(CHECKPOINTS)
     if not METHODS[cfg.method].teacher:
-        del files["teacher"]
+        names.remove("teacher")
     if cfg.checkpoint:
-        files = {cfg.checkpoint: Path(cfg.checkpoint)}
-    for name, file in files.items():
+        names = [cfg.checkpoint]
+    for name in names:
         its_cfg = teacher_config(cfg) if name == "teacher" else cfg
+        file = Path(cfg.checkpoint or path / f"{name}.pt")
         evaluate_checkpoint(its_cfg, data, path, log, name, file)
 
 
@@ -2471,10 +2442,10 @@ def evaluate_checkpoint(cfg, data, path, log, name, file):
     if cfg.examples and RANK == 0:
         grid = path / f"examples-{file.stem}.png"
         save_examples(grid, nets, images, labels, cfg.examples, log, **threat)
-    about = dict(weights=weights_crc32(model), test_images=data.crc32("test")) | threat_of(cfg)
+    about = dict(weights=weights_crc32(model), test_images=_crc32(images, labels)) | threat_of(cfg)
     records = gather(read_json(path / "results.json"))[0].get("evaluations", [])
     record = {}
-    for other in records:
+    for other in records:  # by other attacks, or of best where this is last
         if about.items() <= other.items():
             record |= other
     record |= dict(checkpoint=name, epoch=epoch) | about
@@ -2578,28 +2549,25 @@ FREE = ("data", "ir", "method", "arch", "aug", "official", "seed", "alpha", "tau
 def paper_row(cfg, name) -> dict:
     """The paper's numbers {column: percent} for a checkpoint ('teacher', 'best', 'last') of
     a resolved Config under the standard threat; {} where it has none for these settings."""
-    if cfg.method not in METHODS or name not in CHECKPOINTS or cfg.ir is None:
+    if cfg.method not in METHODS or name not in CHECKPOINTS:
         return {}
     usual = resolve(Config(device="cpu", **{key: getattr(cfg, key) for key in FREE}))
     if identity(usual) != identity(cfg) or threat_of(usual) != threat_of(cfg):
         return {}
     method = "teacher" if name == "teacher" else cfg.method
     label = f"{method}+{cfg.aug}".removesuffix("+none")
-    first = 10 if name == "last" else 5
-    for line in PAPER.splitlines():
-        cells = line.split()
-        if cells[1:5] == [cfg.data, f"{cfg.ir:g}", cfg.arch, label]:
-            numbers = zip(COLUMNS, cells[first : first + 5])
-            return {column: float(cell) for column, cell in numbers if cell != "-"}
-    return {}
+    _, _, row = PAPER.partition(f" {cfg.data} {cfg.ir or 0:g} {cfg.arch} {label} ")
+    first = 5 if name == "last" else 0  # the best epoch's numbers come first
+    numbers = zip(COLUMNS, row.split()[first : first + 5])
+    return {column: float(cell) for column, cell in numbers if cell != "-"}
 
 
 class RunGroup:
     """Runs that differ in nothing but the seed: rows of the table, a mark in the figures."""
 
-    def __init__(self, cfg, records):
+    def __init__(self, cfg, images, records):
         self.cfg = cfg
-        self.own = identity(cfg) | dict(seed=None)  # what makes it another RunGroup
+        self.own = identity(cfg) | dict(seed=None, images=images)  # what makes it another
         self.seeds = [cfg.seed]
         self.records = records  # of all its runs, from results.json
         ratio = "own counts" if cfg.ir is None else f"IR {cfg.ir:g}"
@@ -2634,7 +2602,8 @@ def read_run(path, cfg) -> RunGroup:
         threat = dict(eval_steps=cfg.eval_steps, eval_step_size=cfg.eval_step_size)
         if cfg.eval_eps is not None:
             threat["eval_eps"] = cfg.eval_eps
-        own = Config(**read_json(path / "config.json")["config"] | threat)
+        about = read_json(path / "config.json")
+        own = Config(**about["config"] | threat)
         wanted = threat_of(own)
         if cfg.checkpoint:
             wanted["checkpoint"] = cfg.checkpoint
@@ -2642,7 +2611,7 @@ def read_run(path, cfg) -> RunGroup:
         records = [record for record in records if wanted.items() <= record.items()]
         if not records:
             raise ValueError(wanted)
-        return RunGroup(own, records)
+        return RunGroup(own, about["images"], records)
 
 
 def by_setting(runs) -> list:
@@ -2684,12 +2653,15 @@ def shown(number, style=".2f"):
 
 def setting_rows(setting, checkpoint, columns):
     """The table's rows for a checkpoint of a RunGroup: ours, the paper's, the gap."""
-    epochs = sorted(map(str, set(setting.values("epoch", checkpoint))))
+    label = checkpoint
+    epochs = sorted(set(setting.values("epoch", checkpoint)))
+    if epochs:
+        label += f" (epoch {', '.join(map(str, epochs))})"
     seeds = ",".join(map(str, setting.seeds))
     name = f"{setting.label()} seed {seeds}"
     if checkpoint not in CHECKPOINTS:  # of --checkpoint, whose training is not known
         name = f"{setting.cfg.data} {setting.cfg.arch}"
-    ours = [name, f"{checkpoint} (epoch {', '.join(epochs)})"]
+    ours = [name, label]
     theirs = ["", "paper"]
     gaps = ["", "gap"]
     paper = paper_row(setting.cfg, checkpoint)
@@ -2796,8 +2768,8 @@ def draw_scatter(settings, ax, columns):
         ax.plot(*best, look(i), label=setting.label())
         ax.plot(*zip(best, last), color, lw=0.7)
         ax.plot(*teacher, color + "x")
-        if columns[0] in paper and columns[1] in paper:
-            ax.plot(paper[columns[0]], paper[columns[1]], look(i), mfc="none", zorder=1)
+        theirs = [paper.get(column, math.nan) for column in columns]
+        ax.plot(*theirs, look(i), mfc="none", zorder=1)
     ax.set_xlabel(f"{COLUMNS[columns[0]]} accuracy (%)")
     ax.set_ylabel(f"{COLUMNS[columns[1]]} accuracy (%)")
 
@@ -2834,8 +2806,10 @@ def sweep_families(settings, key):
     families = {}
     for setting in sorted(settings, key=lambda setting: setting.own[key] or 0):
         rest = setting.own | {key: None}
-        if key == "ir" and rest["gamma"] == max(1.0, (setting.own["ir"] or 0) / 2):
-            rest["gamma"] = None  # the default, which follows the ratio
+        if key == "ir":
+            rest["images"] = None  # they follow the ratio, and so does the default gamma
+            if rest["gamma"] == max(1.0, (setting.own["ir"] or 0) / 2):
+                rest["gamma"] = None
         if setting.own[key] is not None:
             families.setdefault(json.dumps(rest), []).append(setting)
     return [family for family in families.values() if len(family) > 1]
@@ -2867,7 +2841,7 @@ def theorem1(n, eta, eps, r) -> dict:
     nat_rob, rob_std, rob_rob in [0, 1] (training, then std for clean and rob for attacked points),
     and the biases b_nat, b_rob (eq. 11, 16), which belong to w = (1, ..., 1) / sqrt(n). ValueError
     outside these ranges."""
-    possible = n == int(n) and n >= 1 and 1 <= r < math.inf
+    possible = n % 1 == 0 and n >= 1 and 1 <= r < math.inf
     if not possible or not 0 <= eps < eta < math.inf:
         raise ValueError(
             f"n {n}, eta {eta}, eps {eps}, r {r}: "
@@ -2932,8 +2906,8 @@ def draw_boundaries(ax, r):
 # 12  Bench ========================================================================================
 # Plain is what a researcher writes after AT-BSL's script: eager, float32 NCHW, autograd.grad at x.
 def timed(variants, rounds, device):
-    """{name: function} -> {name: median seconds a call}. The variants take turns, so that a
-    drifting machine slows all alike; the first round warms up."""
+    """{variant: function} -> {variant: median seconds a call}. They take turns, so that a drifting
+    machine slows all alike; the first round warms up."""
     seconds = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, function in variants.items():
@@ -2943,6 +2917,17 @@ def timed(variants, rounds, device):
                 torch.cuda.synchronize(device)
             seconds[name].append(time.perf_counter() - began)
     return {name: float(np.median(values[1:])) for name, values in seconds.items()}
+
+
+def rows_of(part, batch, seconds) -> list:
+    """The bench's rows for {variant: seconds a call on `batch` images}; ratio: how many times as
+    fast as the first."""
+    first = next(iter(seconds.values()))
+    rows = []
+    for name, took in seconds.items():
+        speed = dict(images_per_s=batch / took, ratio=first / took)
+        rows.append(dict(part=part, batch=batch, variant=name) | speed)
+    return rows
 
 
 def plain_attack(model, x, y, cfg):
@@ -2958,19 +2943,23 @@ def plain_attack(model, x, y, cfg):
 
 
 def bench_core(cfg, batch, rounds):
-    """{"attack": rows, "train_step": rows} at one batch size on ResNet-18 with 100 classes: plain,
-    then our levers added in turn. A training step is the attack and the optimiser's step."""
+    """Rows of the attack and of the training step (the attack and the optimiser's step) at one
+    batch size on ResNet-18 with 100 classes: plain, then our levers added in turn."""
+
+    def training_step(trainer, attack, x):
+        trainer.step(x, attack(), y, 40.0, 0.01)
+
     device = torch.device(cfg.device)
     y = torch.arange(batch, device=device) % 100
-    levers = {"plain": ("off", "off"), "folded norms, fused step": ("off", "off")}
+    plain = replace(cfg, batch_size=batch, amp="off", compile="off")
+    levers = {"plain": plain, "folded norms, fused step": plain}
     if cfg.amp != "off":
-        levers[f"+ amp {cfg.amp}"] = (cfg.amp, "off")
+        levers[f"+ amp {cfg.amp}"] = replace(plain, amp=cfg.amp)
     if cfg.compile != "off":
-        levers["+ torch.compile, CUDA graphs"] = (cfg.amp, cfg.compile)
+        levers["+ torch.compile, CUDA graphs"] = replace(cfg, batch_size=batch)
     attacks = {}
     steps = {}
-    for lever, (amp, compile) in levers.items():
-        its_cfg = replace(cfg, batch_size=batch, amp=amp, compile=compile)
+    for lever, its_cfg in levers.items():
         model = build_model("resnet18", 100).to(device)
         teacher, _ = scoring_nets(model, its_cfg)
         trainer = Trainer(its_cfg, model, long_tail_counts(500, 100, 10), teacher)
@@ -2980,52 +2969,44 @@ def bench_core(cfg, batch, rounds):
             model.to(memory_format=torch.contiguous_format)
             x = x.contiguous()
             attacks[lever] = partial(plain_attack, model, x, y, cfg)
-        steps[lever] = partial(trainer.step, x, x, y, 40.0, 0.01)
-    attack_s = timed(attacks, rounds, device)
-    step_s = timed(steps, rounds, device)
-    result = dict(attack=[], train_step=[])
-    plain = {}
-    for lever in levers:
-        both_s = attack_s[lever] + step_s[lever]
-        for part, took in dict(attack=attack_s[lever], train_step=both_s).items():
-            ratio = plain.setdefault(part, took) / took
-            row = dict(batch=batch, lever=lever, images_per_s=batch / took, ratio=ratio)
-            result[part].append(row)
-    return result
+        steps[lever] = partial(training_step, trainer, attacks[lever], x)
+    rows = rows_of("attack", batch, timed(attacks, rounds, device))
+    return rows + rows_of("training step", batch, timed(steps, rounds, device))
 
 
 def bench_kernel(device):
-    """Rows of the step kernel on CUDA against plain operations and compiled ones."""
+    """Rows of the step on CUDA: plain operations, compiled ones, our kernel, all from a CUDA graph,
+    so that launches cost nothing. It moves 49,152 bytes an image."""
 
     def plain(x_adv, grad, x, step_size, eps, low):
         low.copy_(x_adv.copy_(pgd_step_reference(x_adv, grad, x, step_size, eps)))
 
     rows = []
-    functions = dict(kernel=pgd_step, plain=plain, compiled=torch.compile(plain))
-    for images in (32, 128, 4096):
-        x = torch.rand(images, 3, 32, 32, device=device)
-        grad = torch.randn_like(x).bfloat16()
-        arguments = (x.clone(), grad, x, 2 / 255, 8 / 255, x.bfloat16())
-        for name, function in functions.items():
+    variants = dict(plain=plain, compiled=torch.compile(plain), kernel=pgd_step)
+    for batch in (32, 128, 4096):
+        x = torch.rand(batch, 3, 32, 32, device=device)
+        arguments = (x.clone(), torch.randn_like(x).bfloat16(), x, 2 / 255, 8 / 255, x.bfloat16())
+        seconds = {}
+        for name, function in variants.items():
             call = partial(function, *arguments)
-            us = 1e3 * triton.testing.do_bench_cudagraph(call, return_mode="median")
-            gb_s = 16 * x.numel() / us / 1e3  # bytes a value: 4+2+4 read and 4+2 written
-            rows.append(dict(images=images, what=name, us=us, gb_s=gb_s))
+            milliseconds = triton.testing.do_bench_cudagraph(call, return_mode="median")
+            seconds[name] = milliseconds / 1000
+        rows += rows_of("step kernel", batch, seconds)
     return rows
 
 
 def bench_autoattack(cfg):
-    """{attack: seconds of one call of ours and of pyautoattack's (None where that is missing)} on
-    16 images, 5 iterations, 100 queries, on an untrained resnet8's own guesses."""
+    """Rows of each attack by pyautoattack, where that is installed, and by ours: 16 images, 5
+    iterations, 100 queries, on an untrained resnet8's own guesses."""
     device = torch.device(cfg.device)
     model = build_model("resnet8", 10).to(device, memory_format=torch.contiguous_format).eval()
     x = torch.rand(16, 3, 32, 32, device=device)
     y = model(x).argmax(1)
     eps = 0.25 / 255  # most points stay robust
     budget = dict(nets=scoring_nets(model, cfg), iterations=5, queries=100)
-    rows = {}
+    rows = []
     for name in AUTOATTACK:
-        variants = dict(ours_s=partial(autoattack, model, x, y, eps=eps, attacks=[name], **budget))
+        variants = {}
         with suppress(ImportError):
             from pyautoattack import AutoAttack
 
@@ -3034,26 +3015,30 @@ def bench_autoattack(cfg):
             for attack in (official.apgd, official.apgd_targeted, official.fab):
                 attack.n_iter = 5
             official.square.n_queries = 100
-            variants["official_s"] = partial(official.run_standard_evaluation, x, y)
-        rows[name] = dict(official_s=None) | timed(variants, 1, device)
+            variants["pyautoattack"] = partial(official.run_standard_evaluation, x, y)
+        variants["ours"] = partial(autoattack, model, x, y, eps=eps, attacks=[name], **budget)
+        rows += rows_of(name, len(x), timed(variants, 1, device))
     return rows
 
 
 def stage_bench(cfg):
-    """Measure the core against plain PyTorch on this machine: to the screen and bench.json."""
+    """Measure the core against plain PyTorch on this machine, with attacks of 2 steps on a CPU: to
+    the screen and to bench.json."""
     on_cuda = cfg.device.startswith("cuda")
     cfg = replace(cfg, steps=10 if on_cuda else 2)
-    result = dict(header=environment(cfg) | dict(attack_steps=cfg.steps))
-    result |= dict(attack=[], train_step=[], kernel=[])
+    rows = []
     for batch in (32, 128):
-        rows = bench_core(cfg, batch, 5 if on_cuda else 128 // batch)
-        result["attack"] += rows["attack"]
-        result["train_step"] += rows["train_step"]
+        rows += bench_core(cfg, batch, 5 if on_cuda else 128 // batch)
     if on_cuda and triton:
-        result["kernel"] = bench_kernel(cfg.device)
-    result["autoattack"] = bench_autoattack(cfg)
-    say(pformat(result, width=100, sort_dicts=False))
-    write_json(Path(cfg.out, "bench", "bench.json"), result)
+        rows += bench_kernel(cfg.device)
+    rows += bench_autoattack(cfg)
+    cells = [["part", "variant", "batch", "images/s", "ratio"]]
+    for row in rows:
+        numbers = [str(row["batch"]), f"{row['images_per_s']:.1f}", f"{row['ratio']:.2f}"]
+        cells.append([row["part"], row["variant"], *numbers])
+    say(markdown(cells))
+    content = dict(environment=environment(cfg), attack_steps=cfg.steps, rows=rows)
+    write_json(Path(cfg.out, "bench", "bench.json"), content)
 
 
 # 13  Command line =================================================================================
@@ -3177,6 +3162,8 @@ def check_settings(cfg):
         raise UserError("--mean, --std: go with --checkpoint or --teacher; our own need none")
     if cfg.checkpoint and cfg.stage != "eval":
         raise UserError(f"--checkpoint {cfg.checkpoint}: goes with --stage eval only")
+    if cfg.stage == "bench" and cfg.method != "ltsd":
+        raise UserError("--stage bench: measures ltsd alone; leave --method out")
     if cfg.runs and cfg.stage != "report":
         raise UserError(f"{cfg.runs[0]}: runs go with --stage report only; lists take commas")
 
@@ -3219,7 +3206,7 @@ def unused_settings(cfg) -> set:
     if not row.teacher:
         unused |= TEACHER_SETTINGS
     elif cfg.teacher:
-        unused |= TEACHER_SETTINGS - {"teacher_method"}
+        unused |= TEACHER_SETTINGS - {"teacher_method", "teacher_data"}
     elif cfg.teacher_data == "full":
         unused |= {"gamma"}
     if cfg.role == "teacher":
@@ -3271,8 +3258,10 @@ def tune_process(cfg):
         torch.cuda.set_device(cfg.device)
     elif sys.platform == "linux":
         with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: no mapping below a GiB
-            ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: give nothing back
+            libc = ctypes.CDLL(None)
+            # M_MMAP_THRESHOLD: no mapping below a GiB; an older glibc takes 32 MiB at the most
+            libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)
+            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: give nothing back
 
 
 def teacher_config(cfg) -> Config:
@@ -3295,34 +3284,27 @@ def teacher_config(cfg) -> Config:
     return resolve(replace(cfg, **its_own))
 
 
-def find_teacher(cfg, data) -> Path:
-    """The file of the teacher that cfg asks for: --teacher, or the last epoch of a run of its own,
-    which is trained now unless it is there. Every run below --out that asks for it shares it."""
-    if cfg.teacher:
-        return Path(cfg.teacher)
-    its_cfg = teacher_config(cfg)
-    if its_cfg.role == "teacher":
-        data = balanced_data(its_cfg, data)
-    work_in_folder(its_cfg, data)
-    return run_path(its_cfg) / "last.pt"
-
-
 def copy_teacher(cfg, data, path, log):
-    """Put the teacher that cfg asks for into the run's folder as teacher.pt; UserError where that
-    is another one than --teacher."""
+    """Put the teacher that cfg asks for into the run's folder as teacher.pt: that of --teacher, or
+    the last epoch of a run of its own, which is trained now unless it is there. Every run below
+    --out that asks for it shares it. UserError where teacher.pt is another than --teacher."""
     its_cfg = teacher_config(cfg)
     file = path / "teacher.pt"
-    if not all(gather(file.exists())):
-        source = find_teacher(cfg, data)
-        model, epoch, _ = load_net(its_cfg, data, source)
+    copied = all(gather(file.exists()))
+    if copied and not cfg.teacher:
+        return
+    source = cfg.teacher
+    if source is None:
+        its_data = balanced_data(its_cfg, data) if its_cfg.role == "teacher" else data
+        work_in_folder(its_cfg, its_data)
+        source = run_path(its_cfg) / "last.pt"
+    model, epoch, _ = load_net(its_cfg, data, source)
+    if not copied:
         log(f"teacher: a copy of {source}, weights crc32 {weights_crc32(model)}")
         save_model(file, its_cfg, data, model, epoch)
-        gather(None)
-    if cfg.teacher:
-        ours, _, _ = load_net(its_cfg, data, file)
-        theirs, _, _ = load_net(its_cfg, data, cfg.teacher)
-        if weights_crc32(ours) != weights_crc32(theirs):
-            raise UserError(f"{file} differs from {cfg.teacher}: choose another --out")
+        gather(None)  # it is there before another rank asks for it
+    elif weights_crc32(model) != weights_crc32(load_net(its_cfg, data, file)[0]):
+        raise UserError(f"{file} differs from {source}: choose another --out")
 
 
 def run_one(cfg):
@@ -3333,11 +3315,7 @@ def run_one(cfg):
     gather(None)  # rank 0 has fetched and decoded for all
     if RANK > 0:
         data = load_data(cfg)
-    data = data.to(cfg.device)
-    if cfg.stage == "teacher":
-        find_teacher(cfg, data)
-    else:
-        work_in_folder(cfg, data)
+    work_in_folder(cfg, data)
 
 
 def work_in_folder(cfg, data):
@@ -3345,11 +3323,10 @@ def work_in_folder(cfg, data):
     path = run_path(cfg)
     with hold_folder(path) as log:
         open_run(cfg, data, path, log)
-        if cfg.stage != "eval":
-            if METHODS[cfg.method].teacher:
-                copy_teacher(cfg, data, path, log)
-            if not (path / "last.pt").exists():
-                train(cfg, data, path, log)
+        if cfg.stage != "eval" and METHODS[cfg.method].teacher:
+            copy_teacher(cfg, data, path, log)
+        if cfg.stage not in ("eval", "teacher") and not (path / "last.pt").exists():
+            train(cfg, data, path, log)
         if cfg.stage in ("eval", "all"):
             evaluate_run(cfg, data, path, log)
             report([path], replace(cfg, figures=None), path)
@@ -3360,7 +3337,7 @@ def run_folders(patterns) -> list:
     folders = []
     for pattern in patterns:
         found = sorted(glob.glob(os.path.join(pattern, ""))) or [pattern]
-        folders += [path for path in map(Path, found) if "-teacher-" not in path.name]
+        folders += [path for path in map(Path, found) if path.name.split("-")[2:3] != ["teacher"]]
     return folders
 
 
