@@ -2349,7 +2349,6 @@ def environment(cfg) -> dict:
     if cfg.device.startswith("cuda"):
         device = f"{torch.cuda.get_device_name(cfg.device)}, CUDA {torch.version.cuda}"
     known = dict(device=device, processes=WORLD, amp=cfg.amp, compile=cfg.compile)
-    known |= dict(python=sys.version.split()[0], system=sys.platform)
     for module in (torch, torchvision, np, triton):
         if module is not None:
             known[module.__name__] = module.__version__
@@ -2614,7 +2613,7 @@ def read_run(path, cfg) -> RunGroup:
         return RunGroup(own, about["images"], records)
 
 
-def by_setting(runs) -> list:
+def group_runs(runs) -> list:
     """What read_run gives, runs that differ only in the seed made one, in the order of the first;
     labels name what sets them apart."""
     first = {}
@@ -2623,12 +2622,12 @@ def by_setting(runs) -> list:
         if known is not run:
             known.seeds += run.seeds
             known.records += run.records
-    for setting in first.values():
+    for group in first.values():
         for rival in first.values():
-            if rival.words == setting.words:
-                for key, value in setting.own.items():
+            if rival.words == group.words:
+                for key, value in group.own.items():
                     if rival.own[key] != value:
-                        setting.details[key] = f"{key} {value}"
+                        group.details[key] = f"{key} {value}"
     return list(first.values())
 
 
@@ -2651,26 +2650,26 @@ def shown(number, style=".2f"):
     return "-" if math.isnan(number) else format(number, style)
 
 
-def setting_rows(setting, checkpoint, columns):
+def rows_of_group(group, checkpoint, columns):
     """The table's rows for a checkpoint of a RunGroup: ours, the paper's, the gap."""
     label = checkpoint
-    epochs = sorted(set(setting.values("epoch", checkpoint)))
+    epochs = sorted(set(group.values("epoch", checkpoint)))
     if epochs:
         label += f" (epoch {', '.join(map(str, epochs))})"
-    seeds = ",".join(map(str, setting.seeds))
-    name = f"{setting.label()} seed {seeds}"
+    seeds = ",".join(map(str, group.seeds))
+    name = f"{group.label()} seed {seeds}"
     if checkpoint not in CHECKPOINTS:  # of --checkpoint, whose training is not known
-        name = f"{setting.cfg.data} {setting.cfg.arch}"
+        name = f"{group.cfg.data} {group.cfg.arch}"
     ours = [name, label]
     theirs = ["", "paper"]
     gaps = ["", "gap"]
-    paper = paper_row(setting.cfg, checkpoint)
-    for column, mean in zip(columns, setting.means(columns, checkpoint)):
-        values = setting.values(column, checkpoint)
+    paper = paper_row(group.cfg, checkpoint)
+    for column, mean in zip(columns, group.means(columns, checkpoint)):
+        values = group.values(column, checkpoint)
         cell = shown(mean)
         if len(values) > 1:
             cell += f" ± {np.std(values, ddof=1):.2f}"
-        if 0 < len(values) < len(setting.seeds):
+        if 0 < len(values) < len(group.seeds):
             cell += f" (n={len(values)})"
         number = paper.get(column, math.nan)
         ours.append(cell)
@@ -2681,18 +2680,18 @@ def setting_rows(setting, checkpoint, columns):
     return [ours]
 
 
-def table(settings) -> str:
+def table(groups) -> str:
     """RunGroups as Markdown in the paper's layout: a line per checkpoint, mean and standard
     deviation over the seeds, below it the paper's values and the gap."""
     records = []
-    for setting in settings:
-        records += setting.records
+    for group in groups:
+        records += group.records
     columns = [name for name in COLUMNS if any(r.get(name) is not None for r in records)]
-    heads = [COLUMNS[name].replace("20", str(settings[0].cfg.eval_steps)) for name in columns]
+    heads = [COLUMNS[name].replace("20", str(groups[0].cfg.eval_steps)) for name in columns]
     rows = [["setting", "checkpoint", *heads]]
-    for setting in settings:
-        for checkpoint in dict.fromkeys(record["checkpoint"] for record in setting.records):
-            rows += setting_rows(setting, checkpoint, columns)
+    for group in groups:
+        for checkpoint in dict.fromkeys(record["checkpoint"] for record in group.records):
+            rows += rows_of_group(group, checkpoint, columns)
     threats = sorted({f"{record['eps']:g}/255" for record in records})
     about = (
         f"In %; eps {', '.join(threats)}. T-: the rarest tenth of the classes, at least one. "
@@ -2717,8 +2716,8 @@ def report(paths, cfg, folder):
             notes.append(f"Left out: {error}.")
     if not runs:
         raise UserError(" ".join(notes) or "name runs, as in --stage report 'runs/*'")
-    settings = by_setting(runs)
-    text = "\n\n".join([table(settings)] + notes)
+    groups = group_runs(runs)
+    text = "\n\n".join([table(groups)] + notes)
     say(f"\n{text}\n")
     file = folder / "report.md"
     if file.exists() and not file.read_text(errors="replace").startswith(REPORT_MARK):
@@ -2727,7 +2726,7 @@ def report(paths, cfg, folder):
         write_atomic(file, f"{REPORT_MARK}\n{text}\n")
         say(f"report {file}")
     if cfg.figures and RANK == 0:
-        report_figures(settings, cfg.figures)
+        report_figures(groups, cfg.figures)
 
 
 def save_figure(folder, name, title, draw, panels):
@@ -2751,21 +2750,21 @@ def save_figure(folder, name, title, draw, panels):
 
 
 def look(i):
-    """Colour and marker of the i-th setting: 90 of them differ."""
+    """Colour and marker of the i-th group: 90 of them differ."""
     marker = "*osD^vPhX"[i % 9]
     return f"C{i % 10}{marker}"
 
 
-def draw_scatter(settings, ax, columns):
+def draw_scatter(groups, ax, columns):
     """Best checkpoints; a thin line leads to the last one. x: the self-teacher. Hollow: the paper's
     own points. columns: what the two axes show."""
-    for i, setting in enumerate(settings):
-        best = setting.means(columns)
-        last = setting.means(columns, "last")
-        teacher = setting.means(columns, "teacher")
-        paper = paper_row(setting.cfg, "best")
+    for i, group in enumerate(groups):
+        best = group.means(columns)
+        last = group.means(columns, "last")
+        teacher = group.means(columns, "teacher")
+        paper = paper_row(group.cfg, "best")
         color = look(i)[:2]
-        ax.plot(*best, look(i), label=setting.label())
+        ax.plot(*best, look(i), label=group.label())
         ax.plot(*zip(best, last), color, lw=0.7)
         ax.plot(*teacher, color + "x")
         theirs = [paper.get(column, math.nan) for column in columns]
@@ -2774,15 +2773,15 @@ def draw_scatter(settings, ax, columns):
     ax.set_ylabel(f"{COLUMNS[columns[1]]} accuracy (%)")
 
 
-def draw_classes(settings, ax, column):
+def draw_classes(groups, ax, column):
     """Accuracy of up to ten groups of classes, from the most to the least frequent."""
-    for i, setting in enumerate(settings):
-        runs = setting.values(f"class_{column}")
+    for i, group in enumerate(groups):
+        runs = group.values(f"class_{column}")
         if runs:
             classes = np.mean(runs, 0)
-            groups = np.array_split(classes, min(10, len(classes)))
-            means = [group.mean() for group in groups]
-            ax.plot(range(1, len(means) + 1), means, look(i) + "-", label=setting.label())
+            parts = np.array_split(classes, min(10, len(classes)))
+            means = [part.mean() for part in parts]
+            ax.plot(range(1, len(means) + 1), means, look(i) + "-", label=group.label())
     ax.set_xlabel("group of classes, most to least frequent")
     ax.set_ylabel(f"{COLUMNS[column]} accuracy (%)")
 
@@ -2791,8 +2790,8 @@ def draw_sweep(families, key, ax, columns):
     """Accuracies by the value of one setting, for each family of otherwise equal RunGroups."""
     for i, family in enumerate(families):
         label = family[0].label(key)
-        values = [setting.own[key] for setting in family]
-        means = np.transpose([setting.means(columns) for setting in family])
+        values = [group.own[key] for group in family]
+        means = np.transpose([group.means(columns) for group in family])
         for column, line, dash in zip(columns, means, ("--", "-")):
             ax.plot(values, line, look(i) + dash, label=f"{label}, {COLUMNS[column]}")
     ax.set_xlabel(key)
@@ -2801,32 +2800,32 @@ def draw_sweep(families, key, ax, columns):
         ax.set_xscale("log")
 
 
-def sweep_families(settings, key):
+def sweep_families(groups, key):
     """Lists of RunGroups that differ in `key` alone, by its value, where there are several."""
     families = {}
-    for setting in sorted(settings, key=lambda setting: setting.own[key] or 0):
-        rest = setting.own | {key: None}
+    for group in sorted(groups, key=lambda group: group.own[key] or 0):
+        rest = group.own | {key: None}
         if key == "ir":
             rest["images"] = None  # they follow the ratio, and so does the default gamma
-            if rest["gamma"] == max(1.0, (setting.own["ir"] or 0) / 2):
+            if rest["gamma"] == max(1.0, (group.own["ir"] or 0) / 2):
                 rest["gamma"] = None
-        if setting.own[key] is not None:
-            families.setdefault(json.dumps(rest), []).append(setting)
+        if group.own[key] is not None:
+            families.setdefault(json.dumps(rest), []).append(group)
     return [family for family in families.values() if len(family) > 1]
 
 
-def report_figures(settings, folder):
+def report_figures(groups, folder):
     """Draw the best checkpoints of RunGroups into folder: scatter.png (the paper's Figures 1 and
     5), classes.png (8), and ir.png (4), alpha.png and gamma.png (6, 7) where that setting takes
     several values and all else is equal."""
-    robust = "aa" if all(setting.values("aa") for setting in settings) else "pgd"
+    robust = "aa" if all(group.values("aa") for group in groups) else "pgd"
     pairs = [("clean", robust), ("tail_clean", "tail_pgd")]
-    title = f"Best epoch, eps {settings[0].cfg.eval_eps:g}/255"
+    title = f"Best epoch, eps {groups[0].cfg.eval_eps:g}/255"
     note = "thin line: to the last epoch; x: the self-teacher; hollow: the paper's"
-    save_figure(folder, "scatter.png", f"{title}\n{note}", partial(draw_scatter, settings), pairs)
-    save_figure(folder, "classes.png", title, partial(draw_classes, settings), [robust])
+    save_figure(folder, "scatter.png", f"{title}\n{note}", partial(draw_scatter, groups), pairs)
+    save_figure(folder, "classes.png", title, partial(draw_classes, groups), [robust])
     for key in ("ir", "alpha", "gamma"):
-        families = sweep_families(settings, key)
+        families = sweep_families(groups, key)
         if families:
             save_figure(folder, f"{key}.png", title, partial(draw_sweep, families, key), pairs)
 
