@@ -468,7 +468,7 @@ def _reat(batch):
     return fit + reat_tail_loss(features, batch.y, batch.counts), logits
 
 
-def _compared(loss, batch):
+def _clean_and_adversarial(loss, batch):
     """TRADES, MART and RoBal look at x as well as at x'."""
     logits = batch.student(batch.x)
     logits_adv = batch.student(batch.x_adv)
@@ -481,7 +481,7 @@ def _robal(batch):
     if len(batch.counts) > 10:
         constants = dict(margin=0.3, tau_b=0, tau_m=0)
     loss = partial(robal_loss, counts=batch.counts, scale=10.0, **constants)
-    return _compared(loss, batch)
+    return _clean_and_adversarial(loss, batch)
 
 
 # What training attacks ascend: (logits at x', y, aux) -> a mean over the images. aux, a tensor or
@@ -533,12 +533,13 @@ METHODS = {  # a row may be added from outside, as the README shows
     "natural": Method(_pgd_at, objective=None, uses=()),
     "pgd-at": PGD_AT,
     "trades": Method(
-        partial(_compared, trades_loss), kl_objective, aux=_clean_logits, uses=("beta",),
+        partial(_clean_and_adversarial, trades_loss), kl_objective, aux=_clean_logits,
         low_precision=False,  # near x rounding drowns its gradient: bf16 is 6 % weaker
+        uses=("beta",),
         official=dict(epochs=76, milestones="0.974", weight_decay=2e-4), official_data=("cifar10",),
     ),
     "mart": Method(
-        partial(_compared, mart_loss), uses=("beta",), official_data=("cifar10",),
+        partial(_clean_and_adversarial, mart_loss), uses=("beta",), official_data=("cifar10",),
         official=dict(
             epochs=120, milestones=".617,.742,.825", lr=0.01, weight_decay=3.5e-3, beta=5.0,
         ),
@@ -1418,8 +1419,8 @@ def _fingerprint(pictures):
     rows = []
     for path, name in pictures.items():
         with blaming(f"{path} is gone: restore it, remove its link, or unpack it again", OSError):
-            about = os.stat(path)
-        rows.append((path, name, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
+            stat = os.stat(path)
+        rows.append((path, name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     return zlib.crc32(repr(rows).encode())
 
 
@@ -1697,7 +1698,7 @@ def load_weights(model, path, classes=None):
     and '_orig_mod.', and the unused 'sub_block1' of public WRNs. classes: names in the order that
     the outputs are wanted in; a checkpoint without names is taken to have them in alphabetical
     order. UserError where names or shapes do not fit, or weights are not finite."""
-    about = weights = read_checkpoint(path)
+    content = weights = read_checkpoint(path)
     own = {}
     for name, tensor in model.state_dict().items():
         if name.startswith("normalize."):  # theirs do not know of it
@@ -1716,8 +1717,8 @@ def load_weights(model, path, classes=None):
     with blaming(fits, RuntimeError):
         model.load_state_dict(own)
     if classes is not None:
-        _sort_outputs(model, path, about.get("classes"), list(classes))
-    epoch = about.get("epoch")
+        _sort_outputs(model, path, content.get("classes"), list(classes))
+    epoch = content.get("epoch")
     return epoch if isinstance(epoch, int) else None
 
 
@@ -2362,13 +2363,13 @@ def open_run(cfg, data, path, log):
     known = read_json(path / "config.json")
     if known.get("images", images) != images:
         raise UserError(f"{path} holds a run of other training images: choose another --out")
-    about = environment(cfg)
-    log(f"run {path}: {about}")
-    before = known.get("environment", about)["processes"]
+    machine = environment(cfg)
+    log(f"run {path}: {machine}")
+    before = known.get("environment", machine)["processes"]
     if before != WORLD:
         log(f"going on with {WORLD} processes, begun with {before}")
     classes = dict(names=data.classes, counts=data.counts, tail=data.tail)
-    content = dict(config=asdict(cfg), images=images, environment=about, classes=classes)
+    content = dict(config=asdict(cfg), images=images, environment=machine, classes=classes)
     write_json(path / "config.json", content)
 
 
@@ -2601,8 +2602,8 @@ def read_run(path, cfg) -> RunGroup:
         threat = dict(eval_steps=cfg.eval_steps, eval_step_size=cfg.eval_step_size)
         if cfg.eval_eps is not None:
             threat["eval_eps"] = cfg.eval_eps
-        about = read_json(path / "config.json")
-        own = Config(**about["config"] | threat)
+        content = read_json(path / "config.json")
+        own = Config(**content["config"] | threat)
         wanted = threat_of(own)
         if cfg.checkpoint:
             wanted["checkpoint"] = cfg.checkpoint
@@ -2610,7 +2611,7 @@ def read_run(path, cfg) -> RunGroup:
         records = [record for record in records if wanted.items() <= record.items()]
         if not records:
             raise ValueError(wanted)
-        return RunGroup(own, about["images"], records)
+        return RunGroup(own, content["images"], records)
 
 
 def group_runs(runs) -> list:
@@ -3269,6 +3270,7 @@ def teacher_config(cfg) -> Config:
     checkpoint."""
     its_own = dict.fromkeys(METHOD_SETTINGS | TEACHER_SETTINGS)
     its_own |= dict(
+        # on all of D it is the very run of that baseline
         role="student" if cfg.teacher_data == "full" else "teacher",
         stage="train",
         teacher=None,
