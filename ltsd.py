@@ -974,7 +974,8 @@ class Trainer:
         """The optimiser's step at x' -> (loss, logits at x'). By a graph where the attack has them:
         at batch 32 the host would need longer for it than the device."""
         graphs = self.frozen.graphs
-        begun = len(self.optimizer.state) > 0  # momentum is where the graph will look for it
+        # momentum, if any, is where the graph will look for it
+        begun = self.cfg.momentum == 0 or len(self.optimizer.state) > 0
         if graphs is None or WORLD > 1 or not begun or len(x) != self.whole_batch:
             return self._eager_step(x, x_adv, y, alpha, lr)
         alpha = torch.full((), alpha, device=x.device)
@@ -1336,7 +1337,7 @@ TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 def load_tinyimagenet(data_dir) -> Data:
     """Tiny-ImageNet from the official zip, by torchvision, fetched and unpacked when absent.
     Classes are the sorted wnids; the test set is the official validation set, labelled by
-    val_annotations.txt. UserError where images are missing."""
+    val_annotations.txt. A line says how many images are missing; UserError where a class is."""
     root = Path(data_dir, "tiny-imagenet-200")
     annotations = root / "val" / "val_annotations.txt"
     if not annotations.exists():
@@ -1740,8 +1741,9 @@ def _sort_outputs(model, path, names, classes):
 # 8  AutoAttack ====================================================================================
 # Own code from the papers, in the maximum norm only. An attack is a function of the `points` that
 # it attacks together; it looks at images through points.gradient and points.margin alone, which
-# also judge them. A fifth attack: write the function and append it to `ATTACK_OF` below, where its
-# place seeds its draws; if it has targets, `autoattack` has to know.
+# also judge them; what they give per point is [N,1,1,1]. A fifth attack: write the function and
+# append it to `ATTACK_OF` below, where its place seeds its draws; if it has targets, `autoattack`
+# has to know.
 FLOATS = (torch.float32, torch.float64)
 
 
@@ -1819,8 +1821,11 @@ class Points:
         """(objective(logits, y, target), its gradient) at images [N,C,H,W]; zeros for the
         fooled."""
         rows = self._padded(self.left.nonzero()[:, 0])
-        its_objective = partial(objective, y=self.y[rows], target=self.target[rows])
-        logits, values, slopes = input_gradient(self.fast, images[rows], its_objective)
+        logits, values, slopes = input_gradient(
+            self.fast,
+            images[rows],
+            lambda logits: objective(logits, self.y[rows], self.target[rows]),
+        )
         self._judge(images, rows, logits)
         return self._whole(rows, values), self._whole(rows, slopes.nan_to_num(0, 0, 0))
 
@@ -2189,9 +2194,9 @@ def evaluate(
     exact), the forwards that ascend and that decide, by default scoring_nets(model); verdicts are
     IEEE float32. Noise depends on the seed and on a batch's number only; under torchrun each rank
     takes whole batches, and all return the same. Returns clean, tail_clean, class_clean (a list, 0
-    for a class without images) and the like; tail_*
-    is None where no image is of the tail. No global generator is touched and the model is left as
-    it was. ValueError for no images, or another dtype or shape."""
+    for a class without images) and the like; tail_* is None where no image is of the tail. No
+    global generator is touched and the model is left as it was. ValueError for no images, or
+    another dtype or shape."""
     check_images(images_u8, labels, (torch.uint8,))
     if not set(attacks) <= set(ATTACKS) or min(batch_size, len(labels)) < 1:
         raise ValueError(
@@ -2329,15 +2334,17 @@ def hold_folder(path):
 
 
 def identity(cfg) -> dict:
-    """The Settings of a Config: what makes a run the run it is."""
-    return {f.name: getattr(cfg, f.name) for f in fields(Settings)}
+    """What makes a run the run it is: the Settings of its Config and, for a folder of images, the
+    folder's name, which is the same on another machine."""
+    known = {f.name: getattr(cfg, f.name) for f in fields(Settings)}
+    if cfg.data == "folder":
+        known["place"] = Path(cfg.data_dir).resolve().name
+    return known
 
 
 def run_path(cfg) -> Path:
-    """A run's folder: below --out, named by what people vary and a checksum of all Settings (for
-    --data folder also of the folder's name, which is the same on another machine)."""
-    place = Path(cfg.data_dir).resolve().name if cfg.data == "folder" else ""
-    digest = zlib.crc32(json.dumps([identity(cfg), place]).encode())
+    """A run's folder: below --out, named by what people vary and a checksum of its identity."""
+    digest = zlib.crc32(json.dumps(identity(cfg)).encode())
     ratio = "owncounts" if cfg.ir is None else f"ir{cfg.ir:g}"
     method = "teacher" if cfg.role == "teacher" else cfg.method
     name = f"{cfg.data}-{ratio}-{method}-{cfg.arch}-seed{cfg.seed}-{digest:08x}"
@@ -3206,7 +3213,9 @@ def unused_settings(cfg) -> set:
     if not row.teacher:
         unused |= TEACHER_SETTINGS
     elif cfg.teacher:
-        unused |= TEACHER_SETTINGS - {"teacher_method", "teacher_data"}
+        unused |= TEACHER_SETTINGS - {"teacher_method"}
+        if cfg.teacher_method == "robal":  # whose head depends on the counts
+            unused -= {"teacher_data"}
     elif cfg.teacher_data == "full":
         unused |= {"gamma"}
     if cfg.role == "teacher":

@@ -2723,8 +2723,14 @@ UNUSED = {
     "reat": "alpha beta kd gamma teacher_epochs",
     "ltsd": "beta",
     "ltsd --teacher-data full": "beta gamma",
-    "ltsd --teacher t.pt": "beta gamma teacher_epochs teacher_batch_size",
+    "ltsd --teacher t.pt": "beta gamma teacher_data teacher_epochs teacher_batch_size",
 }
+
+
+def test_a_given_teacher_of_robal_knows_the_counts_that_its_head_needs():
+    given = ["--teacher", "t.pt", "--teacher-method", "robal", "--teacher-data"]
+    roles = [ltsd.teacher_config(config_of(*given, data)).role for data in ("full", "balanced")]
+    assert roles == ["student", "teacher"]  # a student's counts are those of all of the data
 
 
 @pytest.mark.parametrize("words", UNUSED)
@@ -3903,7 +3909,7 @@ def fake_run(folder, numbers, *words):
     last = record | dict(checkpoint="last", epoch=100, clean=numbers[0] + 1, pgd=numbers[1] - 1)
     folder.mkdir(parents=True)
     classes = dict(names=list("abcdefghij"), counts=[5] * 10, tail=[9])
-    config = dict(config=asdict(cfg), images="12345678", classes=classes)
+    config = dict(config=asdict(cfg), images=f"those of {cfg.ir}", classes=classes)
     write_json(folder / "config.json", **config)
     write_json(folder / "results.json", evaluations=[best, last])
     return folder
