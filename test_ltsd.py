@@ -498,6 +498,8 @@ def test_a_broken_cache_and_a_removed_image_are_seen(tmp_path):
     (cache,) = root.glob(".ltsd*")
     cache.write_bytes(b"broken")
     assert len(ltsd.load_folder(root, 16).test_labels) == 4
+    torch.save(dict(of="another version"), cache)
+    assert len(ltsd.load_folder(root, 16).test_labels) == 4
     (root / "test/b/0.png").unlink()
     assert len(ltsd.load_folder(root, 16).test_labels) == 3
 
