@@ -261,7 +261,7 @@ def balanced_data(cfg, data):
     gamma is half the imbalance ratio, at least 1, where the Config has none."""
     smallest = min(data.counts)
     gamma = cfg.gamma or max(1.0, max(data.counts) / smallest / 2)
-    per_class = max(1, math.floor(gamma * smallest))
+    per_class = max(1, math.floor(gamma * smallest + 1e-9))  # 15/11 of 11 are 15
     seed = derive_seed(cfg.seed, "balanced")
     drawn = torch.from_numpy(balanced_indices(data.train_labels.cpu(), per_class, seed))
     return replace(
@@ -681,14 +681,15 @@ class FrozenCopy(nn.Module):
         def of_norms(kind):
             return [self.source[f"{norm}.{kind}"] for _, norm in self.folded]
 
-        variances = torch._foreach_add(of_norms("running_var"), BATCH_NORM_EPS)
-        scales = torch._foreach_div(of_norms("weight"), torch._foreach_sqrt(variances))
-        means = torch._foreach_mul(of_norms("running_mean"), scales)
-        shifts = torch._foreach_sub(of_norms("bias"), means)
         values = dict(self.source)
-        for (conv, _), scale, shift in zip(self.folded, scales, shifts):
-            values[f"{conv}.weight"] = self.source[f"{conv}.weight"] * scale.view(-1, 1, 1, 1)
-            values[f"{conv}.bias"] = shift
+        if self.folded:  # not so in a network whose blocks have no `folds`
+            variances = torch._foreach_add(of_norms("running_var"), BATCH_NORM_EPS)
+            scales = torch._foreach_div(of_norms("weight"), torch._foreach_sqrt(variances))
+            means = torch._foreach_mul(of_norms("running_mean"), scales)
+            shifts = torch._foreach_sub(of_norms("bias"), means)
+            for (conv, _), scale, shift in zip(self.folded, scales, shifts):
+                values[f"{conv}.weight"] = self.source[f"{conv}.weight"] * scale.view(-1, 1, 1, 1)
+                values[f"{conv}.bias"] = shift
         for dtype in {target.dtype for target in self.targets.values()}:  # a mix would be slow
             names = [name for name, target in self.targets.items() if target.dtype == dtype]
             targets = [self.targets[name] for name in names]
@@ -805,9 +806,9 @@ def pgd_attack(
 ) -> Tensor:
     """L-inf PGD (Madry et al. 2018): signed gradient ascent of `objective` inside the eps-ball and
     [0,1]. model: any nn.Module with inputs in [0,1], run in eval mode and left as it was (mode,
-    buffers, gradients); a Net is replaced by its FrozenCopy, a FrozenCopy taken as it is. x:
-    float32 [N,C,H,W] in [0,1]; y: int64 [N]; eps, step_size: fractions of the pixel range, in
-    [0,1]; steps >= 0. init: 'uniform' U(-eps,eps), 'gauss' 0.001*N(0,1) as in TRADES, or 'none';
+    buffers, gradients); a Net, in float32, is replaced by its FrozenCopy, a FrozenCopy taken as it
+    is. x: float32 [N,C,H,W] in [0,1]; y: int64 [N]; eps, step_size: fractions of the pixel range,
+    in [0,1]; steps >= 0. init: 'uniform' U(-eps,eps), 'gauss' 0.001*N(0,1) as in TRADES, or 'none';
     the start is clipped to the ball and to [0,1]. objective(logits, y, aux) -> scalar, default mean
     cross-entropy. generator: of the start noise, on x's device. Returns the last iterate, detached.
     ValueError for other input."""
@@ -1070,7 +1071,7 @@ def train(cfg, data, path, log):
         log(line)
         if time.perf_counter() - written > 30:
             networks = dict(model=model.state_dict(), optimizer=trainer.optimizer.state_dict())
-            write_atomic(path / "state.pt", state | networks)
+            write_atomic(path / "state.pt", state | networks | dict(classes=data.classes))
             written = time.perf_counter()
     save_model(path / "last.pt", cfg, data, model, cfg.epochs)
     gather(None)  # it is there before another rank asks for it
@@ -1432,7 +1433,8 @@ def _decode(path, size):
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
         if image.mode in ("I", "F"):
-            raise UserError(f"{path} has 32 bits a pixel, of unknown range: save it with 8 or 16")
+            remedy = "save it with 8 bits, or as a 16-bit PNG"
+            raise UserError(f"{path} has 32 bits a pixel, of unknown range: {remedy}")
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.has_transparency_data:
@@ -1626,12 +1628,13 @@ def build_model(arch, num_classes, head="linear", mean=None, std=None) -> nn.Mod
             f"want one of {', '.join(ARCHS)}, linear or cosine, 2 or more"
         )
     block, blocks, widths, stage_name = ARCHS[arch]
-    wide = block is WideBlock
+    wide = issubclass(block, WideBlock)
+    activates_last = issubclass(block, BasicBlock)
     net = Net()
     if mean is not None:
         net.normalize = Normalize(mean, std)
     net.conv1 = _conv(3, widths[0], 3)
-    if block is BasicBlock:
+    if activates_last:
         net.bn1 = nn.BatchNorm2d(widths[0])
         net.relu = nn.ReLU(inplace=True)
         net.folds = (("conv1", "bn1"),)
@@ -1643,7 +1646,7 @@ def build_model(arch, num_classes, head="linear", mean=None, std=None) -> nn.Mod
         if wide:
             stage = nn.Sequential(OrderedDict(layer=stage))
         net.add_module(stage_name.format(i + 1), stage)
-    if block is not BasicBlock:
+    if not activates_last:
         net.add_module("bn1" if wide else "bn", nn.BatchNorm2d(width))
         net.relu = nn.ReLU()
     net.add_module("fc" if wide else "linear", HEADS[head](width, num_classes))
@@ -1730,6 +1733,7 @@ def _sort_outputs(model, path, names, classes):
         names = sorted(classes)
         if names != classes:
             say(f"{path} names no classes: its outputs are taken to be in alphabetical order")
+    names = list(map(str, names))
     if sorted(names) != sorted(classes):
         odd = sorted(set(names) ^ set(classes))
         raise UserError(f"{path} was trained on other classes than --data has: unlike {odd[:3]}")
@@ -2314,11 +2318,11 @@ def hold_folder(path):
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         name = os.devnull if RANK else path / "log.txt"
-        file = open(name, "a", encoding="utf-8", errors="replace")
+        file = open(name, "ab", buffering=0)  # nothing is left to write when it is closed
 
     def log(line):
         with writing(path / "log.txt"):
-            print(line, file=file, flush=True)
+            file.write(f"{line}\n".encode(errors="replace"))
         say(line)
 
     with file:
@@ -2426,10 +2430,12 @@ def threat_of(cfg, unit=1) -> dict:
 
 
 def evaluate_run(cfg, data, path, log):
-    """Evaluate teacher, best and last, or --checkpoint, as far as results.json lacks it."""
+    """Evaluate teacher, best and last as far as they are there, or --checkpoint: what results.json
+    lacks."""
     names = list(CHECKPOINTS)
     if not METHODS[cfg.method].teacher:
         names.remove("teacher")
+    names = [name for name in names if (path / f"{name}.pt").exists()] or names
     if cfg.checkpoint:
         names = [cfg.checkpoint]
     for name in names:
@@ -2477,7 +2483,8 @@ def evaluate_checkpoint(cfg, data, path, log, name, file):
     kept = [other for other in records if not same.items() <= other.items()]
     write_json(path / "results.json", {"evaluations": kept + [record]})
     gather(None)  # the record is there before another rank asks for it
-    saved.unlink(missing_ok=True)
+    if "aa" in record:
+        saved.unlink(missing_ok=True)
 
 
 # fmt: off
@@ -2574,7 +2581,9 @@ class RunGroup:
 
     def __init__(self, cfg, images, records):
         self.cfg = cfg
-        self.own = identity(cfg) | dict(seed=None, images=images)  # what makes it another
+        # what makes it another
+        self.own = identity(cfg) | dict(seed=None, images=images, eval_eps=cfg.eval_eps)
+        self.own["test_images"] = records[-1].get("test_images")
         self.seeds = [cfg.seed]
         self.records = records  # of all its runs, from results.json
         ratio = "own counts" if cfg.ir is None else f"IR {cfg.ir:g}"
@@ -2604,17 +2613,16 @@ def read_run(path, cfg) -> RunGroup:
     """A folder's evaluations under the evaluation settings of cfg; UserError where there are
     none."""
     remedy = "use --stage eval, or name runs as in --stage report 'runs/*'"
-    damaged = (KeyError, TypeError, ValueError, AttributeError)
+    damaged = (LookupError, TypeError, ValueError, AttributeError)
     with blaming(f"{path} holds no such evaluation: {remedy}", damaged):
+        records = read_json(path / "results.json")["evaluations"]
         threat = dict(eval_steps=cfg.eval_steps, eval_step_size=cfg.eval_step_size)
-        if cfg.eval_eps is not None:
-            threat["eval_eps"] = cfg.eval_eps
+        threat["eval_eps"] = records[-1]["eps"] if cfg.eval_eps is None else cfg.eval_eps
         content = read_json(path / "config.json")
         own = Config(**content["config"] | threat)
         wanted = threat_of(own)
         if cfg.checkpoint:
             wanted["checkpoint"] = cfg.checkpoint
-        records = read_json(path / "results.json")["evaluations"]
         records = [record for record in records if wanted.items() <= record.items()]
         if not records:
             raise ValueError(wanted)
@@ -3136,7 +3144,7 @@ def parse_args(argv=None) -> list:
         check_settings(cfg)
         cfg = resolve(cfg)
         for size in (cfg.batch_size, cfg.teacher_batch_size or 0):
-            if size % WORLD:
+            if size % WORLD and cfg.stage != "eval":
                 raise UserError(f"batch size {size}: want a multiple of {WORLD} processes")
         if cfg not in configs:
             configs.append(cfg)
@@ -3369,7 +3377,7 @@ def run_stages(configs):
         stage_bench(cfg)
     elif cfg.runs:
         folders = run_folders(cfg.runs)
-        report(folders, cfg, Path(cfg.runs[0]).parent)
+        report(folders, cfg, folders[0].parent if folders else Path())
     else:
         if cfg.stage != "report":
             for one in configs:
@@ -3387,12 +3395,13 @@ def join_group():
     if {"RANK", "LOCAL_RANK"} <= os.environ.keys() and size not in ("", "1"):
         remedy = "start it with torchrun, or unset RANK, LOCAL_RANK and WORLD_SIZE"
         with blaming(f"cannot join {size} processes: {remedy}", (ValueError, RuntimeError)):
-            device = None
-            if torch.cuda.is_available():
+            options = {}
+            if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count():
                 device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(device)
+                options = dict(backend="cpu:gloo,cuda:nccl", device_id=device)
             # one rank's share of AutoAttack may end hours after another's
-            dist.init_process_group(timeout=timedelta(days=2), device_id=device)
+            dist.init_process_group(timeout=timedelta(days=2), **options)
         RANK = dist.get_rank()
         WORLD = dist.get_world_size()
 

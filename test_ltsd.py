@@ -809,6 +809,9 @@ def test_outputs_are_matched_by_the_names_of_the_classes(head, tmp_path, capsys)
     assert capsys.readouterr().out == ""
     with pytest.raises(ltsd.UserError, match="other classes.*cat.*dog"):
         ltsd.load_weights(fresh, tmp_path / "w.pt", ["ant", "bee", "dog"])
+    torch.save(content | dict(classes=["ant", 2, 3]), tmp_path / "w.pt")
+    with pytest.raises(ltsd.UserError, match="other classes.*2.*3"):
+        ltsd.load_weights(fresh, tmp_path / "w.pt", ["ant", "bee", "cat"])
 
 
 def test_a_checkpoint_without_names_is_read_in_alphabetical_order(tmp_path, capsys):
@@ -965,6 +968,13 @@ def test_the_balanced_set_has_every_class_and_every_image_equally(counts, per_cl
     times = np.bincount(drawn, minlength=len(labels))
     share = per_class / np.array(counts)
     assert (np.abs(times - share[labels]) < 1).all()  # floor or ceil of an equal share
+
+
+def test_the_balanced_set_has_half_the_ratio_times_the_rarest_class():
+    labels = torch.arange(2).repeat_interleave(torch.tensor([30, 11]))
+    images = torch.zeros(41, 3, 1, 1, dtype=torch.uint8)
+    data = ltsd.Data(images, labels, images, labels, ["a", "b"], counts=[30, 11])
+    assert ltsd.balanced_data(config_of("--data", "folder"), data).counts == [15, 15]
 
 
 def test_the_balanced_set_follows_its_seed():
@@ -1561,6 +1571,22 @@ def assert_same_logits(frozen, model, x):
         got = frozen(x)
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
     return want
+
+
+@pytest.mark.parametrize("parent", [ltsd.BasicBlock, ltsd.PreActBlock, ltsd.WideBlock])
+def test_a_block_derived_from_ours_makes_the_same_network(parent, monkeypatch):
+    class Derived(parent):
+        folds = ()
+
+    networks = []
+    for block in (parent, Derived):
+        monkeypatch.setitem(ltsd.ARCHS, "own", (block, (1, 1), (8, 8, 16), "layer{}"))
+        torch.manual_seed(0)
+        networks.append(ltsd.build_model("own", 10).eval())
+    assert networks[0].state_dict().keys() == networks[1].state_dict().keys()
+    x = torch.rand(2, 3, 16, 16)
+    for network in networks:  # of the derived ones no norm inside a block is folded
+        torch.testing.assert_close(ltsd.FrozenCopy(network)(x), networks[0](x))
 
 
 @pytest.mark.parametrize("arch", ltsd.ARCHS)
@@ -3288,6 +3314,15 @@ def test_a_full_disk_is_named_and_costs_no_saved_epoch(
     assert_same_run(whole_run, tmp_path)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux only")
+def test_a_disk_that_is_full_for_the_log_is_named(tmp_path, capsys):
+    folder = ltsd.run_path(config_of(*RUN, "--method", "at-bsl", "--out", tmp_path))
+    folder.mkdir()
+    (folder / "log.txt").symlink_to("/dev/full")
+    assert launch(tmp_path, "--method", "at-bsl") == 2
+    one_line(capsys, "cannot write", "log.txt", "No space left on device")
+
+
 def test_divergence_is_named_and_what_was_saved_stays(whole_run, tmp_path, capsys, monkeypatch):
     row = ltsd.METHODS["ltsd"]
     losses = []
@@ -3640,6 +3675,7 @@ def test_a_batch_that_two_ranks_cannot_share_is_refused(flag, tmp_path, capsys, 
     assert launch(tmp_path / "runs", flag, 15) == 2
     one_line(capsys, "batch size 15", "multiple of 2")
     assert not (tmp_path / "runs").exists()
+    config_of("--stage", "eval", flag, 15)  # an evaluation has other batches
 
 
 # Runs and results =================================================================================
@@ -3647,6 +3683,12 @@ def test_stages_run_one_by_one_as_at_once(whole_run, tmp_path):
     for stage in ("teacher", "train", "eval"):
         assert launch(tmp_path, "--stage", stage) == 0
     assert_same_run(whole_run, tmp_path)
+
+
+def test_an_evaluation_scores_what_is_there(tmp_path):
+    assert launch(tmp_path, "--stage", "teacher") == 0
+    assert launch(tmp_path, "--stage", "eval") == 0
+    assert [record["checkpoint"] for record in results(tmp_path)] == ["teacher"]
 
 
 def test_what_is_done_is_not_done_again(copied_run, capsys, monkeypatch):
@@ -3791,6 +3833,7 @@ def test_an_interrupted_autoattack_goes_on(copied_run, tmp_path, monkeypatch):
     attacks = spy(monkeypatch, "run_attack")
     assert launch(other, *words, stop=("run_attack", 3)) == 130
     assert len(list(run_in(other).glob("aa*.pt"))) == 1
+    assert launch(other, *words[:2], "--attacks", "clean") == 0  # which leaves it alone
     assert launch(other, *words) == 0
     assert [arguments[0] for arguments, _ in attacks] == list(ltsd.AUTOATTACK)
     assert launch(copied_run, *words) == 0
@@ -3962,6 +4005,23 @@ def test_runs_on_other_images_are_not_averaged(tmp_path, capsys):
     assert list(dict.fromkeys(row[0] for row in rows[2:])) == names
 
 
+def test_runs_scored_under_other_threats_are_not_averaged(tmp_path, capsys):
+    fake_run(tmp_path / "a", (50, 36, 30, 10), "--seed", 0)
+    fake_run(tmp_path / "b", (50, 60, 30, 10), "--seed", 1, "--eval-eps", 2)
+    rows, _ = report(capsys, tmp_path / "*")
+    start = "cifar100 IR 10 resnet18 ltsd eval_eps"
+    names = [f"{start} 8.0 seed 0", f"{start} 2.0 seed 1"]
+    assert list(dict.fromkeys(row[0] for row in rows[2:] if row[0])) == names
+
+
+def test_a_report_shows_what_was_scored_whatever_a_later_start_asked_for(tmp_path, capsys):
+    folder = fake_run(tmp_path / "a", (50, 36, 30, 10))
+    config = json.loads((folder / "config.json").read_text())["config"]
+    write_json(folder / "config.json", config=config | dict(eval_eps=2.0))
+    rows, _ = report(capsys, folder)
+    assert rows[2][2:4] == ["50.00", "36.00"]
+
+
 def test_settings_that_differ_have_rows_of_their_own_that_say_how(tmp_path, capsys):
     fake_run(tmp_path / "a", (50, 20, 30, 10), "--alpha", 10)
     fake_run(tmp_path / "b", (50, 20, 30, 10), "--alpha", 20, "--aug", "ra")
@@ -4030,6 +4090,8 @@ def test_a_report_stands_beside_its_runs_and_leaves_a_users_file_alone(tmp_path,
     assert file.read_text() == "my own notes"
     said = capsys.readouterr().out
     assert "| 50.00 |" in said and f"{file} is not ours and stays as it is" in said
+    assert ltsd.main([*words[:2], str(tmp_path / "r*" / "*")]) == 0
+    assert not (tmp_path / "r*").exists()
 
 
 def test_runs_of_several_radii_are_reported_under_their_own(tmp_path):
