@@ -3539,6 +3539,7 @@ def test_a_captured_attack_reads_the_newest_inputs_and_weights(graphs_on_cpu):
         model = ltsd.build_model("resnet8", 10)
     eager = ltsd.FrozenCopy(model)
     graphed = ltsd.FrozenCopy(model).speed_up(4)
+    found = []
     for number, (steps, size) in enumerate([(1, 4), (1, 4), (2, 4), (1, 4), (1, 3)]):
         x = torch.rand(size, 3, 8, 8, generator=torch.Generator().manual_seed(number))
         y = (torch.arange(size) + number) % 10
@@ -3547,9 +3548,29 @@ def test_a_captured_attack_reads_the_newest_inputs_and_weights(graphs_on_cpu):
             noise = torch.Generator().manual_seed(number)
             threat = dict(eps=8 / 255, step_size=2 / 255, steps=steps, generator=noise)
             attacked.append(ltsd.pgd_attack(net.refresh(), x, y, **threat))
-        assert torch.equal(*attacked) and not torch.equal(attacked[0], x)
+        assert not torch.equal(attacked[0], x)
+        found.append(attacked)
         model.conv1.weight.data.mul_(-1)
+    for attacked in found:  # no later attack has overwritten it
+        assert torch.equal(*attacked)
     assert captures == [3, 3]
+
+
+def test_reats_weights_stay_away_where_float16_would_lose_gradients():
+    frozen = ltsd.FrozenCopy(ltsd.build_model("resnet8", 3), torch.float16)
+    counts = torch.tensor([9.0, 6.0, 3.0])
+    assert ltsd.METHODS["reat"].aux(frozen, None, counts, counts) is None
+
+
+@pytest.mark.skipif(ltsd.triton is None, reason="Triton is not installed")
+def test_where_triton_builds_no_kernel_plain_pytorch_takes_the_step(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(ltsd, "triton", ltsd.triton)  # which is put back afterwards
+    monkeypatch.setattr(ltsd, "_pgd_step_kernel", "no kernel")
+    ltsd.try_kernel("cpu")
+    assert "plain PyTorch takes the attack's step" in capsys.readouterr().out
+    x = torch.full((2,), 0.5)
+    assert ltsd.pgd_step(x.clone(), x, x, 0.25, 0.25).tolist() == [0.75, 0.75]
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
