@@ -1052,7 +1052,7 @@ def train(cfg, data, path, log):
         _, _, (teacher, _) = load_net(teacher_config(cfg), data, path / "teacher.pt")
     trainer = Trainer(cfg, model, data.counts, teacher)
     # what is true after the last complete epoch; predicted: how often each class was, at x'
-    state = dict(epoch=0, best=-1.0, predicted=trainer.counts.double().cpu())
+    state = dict(epoch=0, best=-1.0, predicted=trainer.counts.double().cpu(), classes=data.classes)
     state |= load_state(path, trainer, log)
     sizes = f"{data.counts[0]} to {data.counts[-1]} a class"
     log(f"{cfg.role}: {cfg.method} on {len(data.train_labels)} images, {sizes}")
@@ -1078,7 +1078,7 @@ def train(cfg, data, path, log):
         log(line)
         if time.perf_counter() - written > 30:
             networks = dict(model=model.state_dict(), optimizer=trainer.optimizer.state_dict())
-            write_atomic(path / "state.pt", state | networks | dict(classes=data.classes))
+            write_atomic(path / "state.pt", state | networks)
             written = time.perf_counter()
     save_model(path / "last.pt", cfg, data, model, cfg.epochs)
     gather(None)  # it is there before another rank asks for it

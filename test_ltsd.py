@@ -3721,6 +3721,12 @@ def test_what_is_done_is_not_done_again(copied_run, capsys, monkeypatch):
     assert "best (epoch 4)" in capsys.readouterr().out
 
 
+def test_every_checkpoint_of_a_run_names_its_classes(whole_run):
+    for name in ("teacher", "best", "last", "state"):
+        content = ltsd.read_checkpoint(run_in(whole_run) / f"{name}.pt")
+        assert content["classes"] == [f"grating {i}" for i in range(10)]
+
+
 def test_a_runs_folder_holds_all_that_it_needs(whole_run):
     names = {path.name for path in run_in(whole_run).iterdir()}
     models = {"teacher.pt", "best.pt", "last.pt", "state.pt"}
