@@ -537,7 +537,7 @@ def test_16_bit_grey_is_scaled(dtype, name, tmp_path):
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_32_bit_images_are_refused_by_name(dtype, tmp_path):
     image = Image.fromarray(np.ones((32, 32), dtype))
-    with pytest.raises(ltsd.UserError, match="x.tif has 32 bits"):
+    with pytest.raises(ltsd.UserError, match="x.tif is of Pillow's mode"):
         decoded(tmp_path, image, "x.tif")
 
 
@@ -1587,6 +1587,17 @@ def test_a_block_derived_from_ours_makes_the_same_network(parent, monkeypatch):
     x = torch.rand(2, 3, 16, 16)
     for network in networks:  # of the derived ones no norm inside a block is folded
         torch.testing.assert_close(ltsd.FrozenCopy(network)(x), networks[0](x))
+
+
+def test_a_frozen_copy_folds_no_norm_of_another_kind(monkeypatch):
+    class Grouped(ltsd.BasicBlock):
+        def __init__(self, cin, cout, stride):
+            super().__init__(cin, cout, stride)
+            self.bn1 = nn.GroupNorm(2, cout)
+
+    monkeypatch.setitem(ltsd.ARCHS, "own", (Grouped, (1, 1), (8, 8, 16), "layer{}"))
+    model = network_with_history("own")
+    assert_same_logits(ltsd.FrozenCopy(model), model, torch.rand(2, 3, 16, 16))
 
 
 @pytest.mark.parametrize("arch", ltsd.ARCHS)
@@ -3342,23 +3353,30 @@ def test_divergence_is_named_and_what_was_saved_stays(whole_run, tmp_path, capsy
     assert_same_run(whole_run, tmp_path)
 
 
-def assert_named(path, content, out, capsys):
+def assert_named(path, content, remedy, out, capsys):
     capsys.readouterr()
     path.write_bytes(content)
     assert launch(out) == 2
-    one_line(capsys, str(path))
+    one_line(capsys, str(path), remedy)
 
 
 @pytest.mark.parametrize(
-    "name", ["state.pt", "results.json", "config.json", "best.pt", "teacher.pt"]
+    "name, remedy",
+    [
+        ("state.pt", "remove it to train from the start"),
+        ("results.json", "restore it, or remove the folder"),
+        ("config.json", "restore it, or remove the folder"),
+        ("best.pt", ""),
+        ("teacher.pt", ""),
+    ],
 )
-def test_a_damaged_file_is_named_in_one_line(name, copied_run, capsys):
+def test_a_damaged_file_is_named_in_one_line(name, remedy, copied_run, capsys):
     path = run_in(copied_run) / name
     half = path.read_bytes()[:300]
     if name in ("state.pt", "teacher.pt"):
         (path.parent / "last.pt").unlink()  # else there is nothing to train
     for content in (b"[1]", half):
-        assert_named(path, content, copied_run, capsys)
+        assert_named(path, content, remedy, copied_run, capsys)
 
 
 def test_a_state_of_another_network_is_named(copied_run, tmp_path, capsys):
@@ -3366,7 +3384,7 @@ def test_a_state_of_another_network_is_named(copied_run, tmp_path, capsys):
     path = run_in(copied_run)
     (path / "last.pt").unlink()
     other = (run_in(tmp_path / "b") / "state.pt").read_bytes()
-    assert_named(path / "state.pt", other, copied_run, capsys)
+    assert_named(path / "state.pt", other, "remove it", copied_run, capsys)
 
 
 # The fast path ====================================================================================
@@ -3871,6 +3889,16 @@ def test_an_interrupted_autoattack_goes_on(copied_run, tmp_path, monkeypatch):
     assert best["aa"] <= best["pgd"] and len(best["class_aa"]) == 10
 
 
+def test_autoattack_begins_again_where_its_file_is_damaged(copied_run, monkeypatch):
+    words = ["--stage", "eval", "--attacks", "aa"]
+    quick_autoattack(monkeypatch)
+    assert launch(copied_run, *words, stop=("run_attack", 2)) == 130
+    (file,) = run_in(copied_run).glob("aa*.pt")
+    file.write_bytes(b"half")
+    assert launch(copied_run, *words) == 0
+    assert not file.exists()
+
+
 def test_a_foreign_checkpoint_is_scored_in_a_folder_of_its_own(whole_run, tmp_path):
     path = tmp_path / "theirs.pt"
     known = results(whole_run)[0]
@@ -4045,6 +4073,15 @@ def test_a_report_shows_what_was_scored_whatever_a_later_start_asked_for(tmp_pat
     folder = fake_run(tmp_path / "a", (50, 36, 30, 10))
     config = json.loads((folder / "config.json").read_text())["config"]
     write_json(folder / "config.json", config=config | dict(eval_eps=2.0))
+    rows, _ = report(capsys, folder)
+    assert rows[2][2:4] == ["50.00", "36.00"]
+
+
+def test_a_report_passes_over_evaluations_with_other_steps(tmp_path, capsys):
+    folder = fake_run(tmp_path / "a", (50, 36, 30, 10))
+    records = json.loads((folder / "results.json").read_text())["evaluations"]
+    records.append(records[0] | dict(eps=2.0, steps=50, pgd=99.0))
+    write_json(folder / "results.json", evaluations=records)
     rows, _ = report(capsys, folder)
     assert rows[2][2:4] == ["50.00", "36.00"]
 
