@@ -46,7 +46,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -119,9 +119,9 @@ def show_progress(text=""):
         say(f"{text:<79}", end="\r", file=sys.stderr)
 
 
-def derive_seed(seed, *words):
+def derive_seed(*words):
     """A 32-bit seed from the run's seed and a purpose: no two purposes share a random stream."""
-    return zlib.crc32(repr((seed, *words)).encode())
+    return zlib.crc32(repr(words).encode())
 
 
 def random_stream(device, *words):
@@ -156,8 +156,9 @@ def _flag(default, help, choices="", low=0):
 _count = partial(_flag, low=1)
 
 
-# A value of None is filled in by `resolve`. Afterwards None means that the run does not use it; for
-# ir and gamma with --data folder, that they follow from the data.
+# The defaults are the paper's; a data set and --official have some of their own. Once `resolve` has
+# put these in, None means that the run does not use it; for ir and gamma with --data folder, that
+# they follow from the data.
 # fmt: off
 @dataclass(frozen=True)
 class Settings:
@@ -165,30 +166,30 @@ class Settings:
     but milestones and official take a comma list, which makes a run for each value."""
 
     data: str = _flag("cifar100", "data set")
-    image_size: int = _flag(None, "side of the images of --data folder (32)", low=16)
-    ir: float = _flag(None, "n_max/n_min (10; cifar10 50, synthetic 20, folder as it is)", low=1)
+    image_size: int = _flag(32, "side of the images of --data folder", low=16)
+    ir: float = _flag(10.0, "n_max/n_min; cifar10 50, synthetic 20, folder as it is", low=1)
     method: str = _flag("ltsd", "training method, or 'all'")
-    arch: str = _flag(None, "network (resnet18; tinyimagenet preactresnet18, synthetic resnet8)")
+    arch: str = _flag("resnet18", "network; tinyimagenet preactresnet18, synthetic resnet8")
     aug: str = _flag("none", "RandAugment or AutoAugment before crop and flip", "none ra aua")
-    alpha: float = _flag(None, "distillation weight after its ramp (40; synthetic 10)")
-    tau: float = _flag(None, "strength of the class prior, b_c = tau ln n_c (1)")
+    alpha: float = _flag(40.0, "distillation weight after its ramp; synthetic 10")
+    tau: float = _flag(1.0, "strength of the class prior, b_c = tau ln n_c")
     gamma: float = _flag(None, "D_B: floor(gamma n_min) images a class (IR/2, >= 1)", low=1e-6)
-    beta: float = _flag(None, "weight of the KL term of trades, mart and robal (6)")
-    kd: str = _flag(None, "distil indirect gradients, or KL at x' (igdm)", "igdm kl")
-    teacher_method: str = _flag(None, "teacher's method (pgd-at)", "pgd-at at-bsl robal reat")
-    teacher_data: str = _flag(None, "what the teacher sees: D_B or D (balanced)", "balanced full")
+    beta: float = _flag(6.0, "weight of the KL term of trades, mart and robal")
+    kd: str = _flag("igdm", "distil indirect gradients, or KL at x'", "igdm kl")
+    teacher_method: str = _flag("pgd-at", "teacher's method", "pgd-at at-bsl robal reat")
+    teacher_data: str = _flag("balanced", "what the teacher sees: D_B or D", "balanced full")
     official: bool = _flag(False, "the method's own published optimiser settings")
-    epochs: int = _count(None, "student epochs (100; synthetic 10)")
-    teacher_epochs: int = _count(None, "teacher epochs (30; on D --epochs; synthetic 6)")
-    batch_size: int = _count(None, "student batch size (128; synthetic 32)")
-    teacher_batch_size: int = _count(None, "teacher batch size (32; on D --batch-size)")
-    lr: float = _flag(None, "first learning rate of SGD (0.1)")
-    milestones: str = _flag(None, "shares of the epochs after which the rate drops (0.75,0.9)")
-    weight_decay: float = _flag(None, "weight decay (5e-4)")
+    epochs: int = _count(100, "student epochs; synthetic 10")
+    teacher_epochs: int = _count(30, "teacher epochs; on D --epochs; synthetic 6")
+    batch_size: int = _count(128, "student batch size; synthetic 32")
+    teacher_batch_size: int = _count(32, "teacher batch size; on D --batch-size")
+    lr: float = _flag(0.1, "first learning rate of SGD")
+    milestones: str = _flag("0.75,0.9", "shares of the epochs after which the rate drops")
+    weight_decay: float = _flag(5e-4, "weight decay")
     momentum: float = _flag(0.9, "momentum")
-    eps: float = _flag(None, "L-inf radius of the training attack, in 255ths (8)")
-    step_size: float = _flag(None, "step of the training attack, in 255ths (2)")
-    steps: int = _flag(None, "steps of the training attack (10)")
+    eps: float = _flag(8.0, "L-inf radius of the training attack, in 255ths")
+    step_size: float = _flag(2.0, "step of the training attack, in 255ths")
+    steps: int = _flag(10, "steps of the training attack")
     train_limit: int = _count(None, "about this many training images, before the long tail")
     test_limit: int = _count(None, "about this many test images")
     seed: int = _flag(0, "seed of the weights, of D_B and of every other draw")
@@ -205,7 +206,7 @@ class Config(Settings):
     eval_eps: float = _flag(None, "L-inf radius of the evaluation, in 255ths (--eps)")
     eval_step_size: float = _flag(2.0, "step of the evaluation's PGD, in 255ths")
     eval_steps: int = _flag(20, "steps of the evaluation's PGD")
-    attacks: str = _flag(None, "comma list of clean, pgd, aa (all; synthetic clean,pgd)")
+    attacks: str = _flag("clean,pgd,aa", "which of these; synthetic clean,pgd")
     device: str = _flag("auto", "auto, cpu, cuda or cuda:N")
     amp: str = _flag("auto", "precision of the convolutions", "auto bf16 fp16 off")
     compile: str = _flag("auto", "compile, on CUDA as graphs; auto: on CUDA", "auto on off")
@@ -218,17 +219,11 @@ class Config(Settings):
     runs: tuple = ()  # no flag: run folders for --stage report (else those that the flags name)
 
 
-COMMON = dict(
-    arch="resnet18", alpha=40.0, tau=1.0, beta=6.0, kd="igdm", epochs=100, batch_size=128,
-    teacher_method="pgd-at", teacher_data="balanced", teacher_epochs=30, teacher_batch_size=32,
-    lr=0.1, weight_decay=5e-4, milestones="0.75,0.9", eps=8.0, step_size=2.0, steps=10,
-    attacks="clean,pgd,aa", image_size=32,
-)
 DATASETS = {  # defaults of their own
     "cifar10":      dict(ir=50.0),
-    "cifar100":     dict(ir=10.0),
-    "tinyimagenet": dict(ir=10.0, arch="preactresnet18"),
-    "folder":       {},
+    "cifar100":     {},
+    "tinyimagenet": dict(arch="preactresnet18"),
+    "folder":       dict(ir=None),
     "synthetic":    dict(ir=20.0, arch="resnet8", alpha=10.0, epochs=10, batch_size=32,
                          teacher_epochs=6, attacks="clean,pgd"),
 }
@@ -263,12 +258,9 @@ def balanced_data(cfg, data):
     gamma = cfg.gamma or max(1.0, max(data.counts) / smallest / 2)
     per_class = max(1, math.floor(gamma * smallest + 1e-9))  # 15/11 of 11 are 15
     seed = derive_seed(cfg.seed, "balanced")
-    drawn = torch.from_numpy(balanced_indices(data.train_labels.cpu(), per_class, seed))
+    drawn = balanced_indices(data.train_labels.cpu(), per_class, seed)
     return replace(
-        data,
-        train_images=data.train_images[drawn],
-        train_labels=data.train_labels[drawn],
-        counts=[per_class] * len(data.counts),
+        data, train_images=data.train_images[drawn], train_labels=data.train_labels[drawn]
     )
 
 
@@ -675,7 +667,9 @@ class FrozenCopy(nn.Module):
         for module in self.net.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(dtype)
-        self.targets = self.net.state_dict(keep_vars=True)
+        self.targets = {}  # {dtype: {name: tensor}}: copying a mix would be slow
+        for name, target in self.net.state_dict(keep_vars=True).items():
+            self.targets.setdefault(target.dtype, {})[name] = target
         self.refresh()
 
     @torch.no_grad()
@@ -693,12 +687,10 @@ class FrozenCopy(nn.Module):
             means = torch._foreach_mul(of_norms("running_mean"), scales)
             shifts = torch._foreach_sub(of_norms("bias"), means)
             for (conv, _), scale, shift in zip(self.folded, scales, shifts):
-                values[f"{conv}.weight"] = self.source[f"{conv}.weight"] * scale.view(-1, 1, 1, 1)
+                values[f"{conv}.weight"] = values[f"{conv}.weight"] * scale.view(-1, 1, 1, 1)
                 values[f"{conv}.bias"] = shift
-        for dtype in {target.dtype for target in self.targets.values()}:  # a mix would be slow
-            names = [name for name, target in self.targets.items() if target.dtype == dtype]
-            targets = [self.targets[name] for name in names]
-            torch._foreach_copy_(targets, [values[name] for name in names])
+        for targets in self.targets.values():
+            torch._foreach_copy_(list(targets.values()), [values[name] for name in targets])
         return self
 
     def speed_up(self, *sizes):
@@ -728,18 +720,18 @@ def capture_cuda_graph(function, inputs):
     return graph.replay, result
 
 
-def pixels_differ(got, wanted):
+def pixels_differ(wanted, got):
     """Whether more than 30 % of the pixels of two attacks' images differ. Where a GPU's kernels are
     not reproducible, last bits that differ become 15 % in ten sign steps; wrong labels are 60 %."""
     return (got[0] != wanted[0]).float().mean() > 0.3
 
 
-def call_graphed(graphs, key, function, inputs, differ, updates=tuple):
+def call_graphed(graphs, key, function, inputs, differ, updates):
     """function(*inputs), a tuple of tensors, valid until the next call, by a CUDA graph. The dict
     `graphs` keeps one for each key and each shape of the inputs. A graph is captured at its first
     call, on ones, so that a value frozen into it is found. updates() gives the tensors that the
     function changes in place. The first replay is compared with the function itself by
-    differ(got, wanted): each is a list of the results, then of how much each tensor of updates()
+    differ(wanted, got): each is a list of the results, then of how much each tensor of updates()
     changed. RuntimeError where they differ."""
     key = (key, *[tensor.shape for tensor in inputs])
     if key in graphs:
@@ -756,11 +748,11 @@ def call_graphed(graphs, key, function, inputs, differ, updates=tuple):
 
     outcomes = []
     for run in (function, replayed):
-        for tensor, value in zip(updated, before):
-            tensor.copy_(value)
+        torch._foreach_copy_(updated, before)
         outcome = [tensor.clone() for tensor in run(*inputs)]
-        outcomes.append(outcome + [new - old for new, old in zip(updated, before)])
-    if differ(outcomes[1], outcomes[0]):
+        outcome += torch._foreach_sub(updated, before)
+        outcomes.append(outcome)
+    if differ(*outcomes):
         raise RuntimeError("a CUDA graph differs from what it was captured from")
     graphs[key] = replayed
     return result
@@ -837,8 +829,10 @@ def pgd_attack(
     settings = (objective or cross_entropy_objective, eps, step_size, steps)
     ascend = partial(_ascend, net, *settings)
     if net.graphs is not None and len(x) in net.compiled_sizes:
-        checks = (pixels_differ, lambda: [net.overflows])  # what the capture counts goes again
-        return call_graphed(net.graphs, settings, ascend, inputs, *checks)[0].clone()
+        result = call_graphed(  # what the capture adds to overflows goes again
+            net.graphs, settings, ascend, inputs, pixels_differ, lambda: [net.overflows]
+        )
+        return result[0].clone()
     with eval_mode(net):
         return ascend(*inputs)[0]
 
@@ -943,7 +937,7 @@ class Trainer:
         momentum = [state["momentum_buffer"] for state in self.optimizer.state.values()]
         return list(self.model.state_dict().values()) + momentum
 
-    def steps_differ(self, got, wanted):
+    def steps_differ(self, wanted, got):
         """Whether two steps' losses, or what they change, differ by more than rounding."""
         limit = 1e-4 if self.cfg.amp == "off" else 2**-6
         if self.row.awp:  # its ascent magnifies the last bits of kernels that are not reproducible
@@ -990,8 +984,9 @@ class Trainer:
         alpha = torch.full((), alpha, device=x.device)
         lr = torch.full((), lr, device=x.device)
         inputs = [x, x_adv, y, alpha, lr]
-        checks = (self.steps_differ, self.updated_tensors)
-        return call_graphed(graphs, "step", self._eager_step, inputs, *checks)
+        return call_graphed(
+            graphs, "step", self._eager_step, inputs, self.steps_differ, self.updated_tensors
+        )
 
     def _eager_step(self, x, x_adv, y, alpha, lr):
         settings = self.optimizer.param_groups[0]
@@ -1001,38 +996,32 @@ class Trainer:
         return outer_step(self.row, batch, self.model, self.optimizer)
 
 
-def fall_back(task):
-    """A task(cfg, data, path, log, ...) that begins again, from what it has saved, with a plainer
-    Config: in float32 where float16 overflows, uncompiled where compiled code or a graph fails. An
-    error is raised where neither is to blame, and as a UserError under --compile on and in one of
-    several processes."""
-
-    @wraps(task)
-    def persistent(cfg, data, path, log, *more):
-        while True:
-            try:
-                return task(cfg, data, path, log, *more)
-            except OverflowError:
-                if cfg.amp == "off":
-                    raise
-                log("float16 overflows: again, by float32 from here on")
-                cfg = replace(cfg, amp="off", compile="off")
-            except (UserError, MemoryError, torch.OutOfMemoryError):
+def with_fallback(task, cfg, data, path, log, *more):
+    """Do task(cfg, data, path, log, *more); where it fails it begins again, from what it has saved,
+    with a plainer Config: in float32 where float16 overflows, uncompiled where compiled code or a
+    graph fails. An error is raised where neither is to blame, and as a UserError under --compile on
+    and in one of several processes."""
+    while True:
+        try:
+            return task(cfg, data, path, log, *more)
+        except OverflowError:
+            if cfg.amp == "off":
                 raise
-            except Exception as error:
-                if cfg.compile == "off":
-                    raise
-                reason = f"{type(error).__name__}: {first_line(error)}"
-                if cfg.compile == "on" or WORLD > 1:  # one rank alone cannot begin again
-                    remedy = "compiling fails here, try --compile off"
-                    raise UserError(f"{remedy} ({reason})") from error
-                log(f"again, uncompiled from here on ({reason})")
-                cfg = replace(cfg, compile="off")
+            log("float16 overflows: again, by float32 from here on")
+            cfg = replace(cfg, amp="off", compile="off")
+        except (UserError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if cfg.compile == "off":
+                raise
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            if cfg.compile == "on" or WORLD > 1:  # one rank alone cannot begin again
+                remedy = "compiling fails here, try --compile off"
+                raise UserError(f"{remedy} ({reason})") from error
+            log(f"again, uncompiled from here on ({reason})")
+            cfg = replace(cfg, compile="off")
 
-    return persistent
 
-
-@fall_back
 def train(cfg, data, path, log):
     """Train a Net as cfg says on `data`, from the folder's state.pt on where there is one.
 
@@ -1043,17 +1032,17 @@ def train(cfg, data, path, log):
 
     Under torchrun the ranks share batches as DistributedSampler would: equal shares, the last batch
     filled up from the epoch's first images. Batch statistics and REAT's pairs are a share's own."""
-    head = METHODS[cfg.method].head
+    row = METHODS[cfg.method]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(cfg.seed, cfg.role, "weights"))
-        model = build_model(cfg.arch, len(data.classes), head).to(cfg.device)
+        model = build_model(cfg.arch, len(data.classes), row.head).to(cfg.device)
     teacher = None
-    if METHODS[cfg.method].teacher:
+    if row.teacher:
         # the fast one of its two nets; RoBal's with its post-hoc head
         _, _, (teacher, _) = load_net(teacher_config(cfg), data, path / "teacher.pt")
     trainer = Trainer(cfg, model, data.counts, teacher)
     # what is true after the last complete epoch; predicted: how often each class was, at x'
-    state = dict(epoch=0, best=-1.0, predicted=trainer.counts.double().cpu(), classes=data.classes)
+    state = dict(epoch=0, best=-1.0, predicted=trainer.counts.cpu(), classes=data.classes)
     state |= load_state(path, trainer, log)
     sizes = f"{data.counts[0]} to {data.counts[-1]} a class"
     log(f"{cfg.role}: {cfg.method} on {len(data.train_labels)} images, {sizes}")
@@ -1069,7 +1058,7 @@ def train(cfg, data, path, log):
         line += f"  train {accuracy:6.2f}  {time.perf_counter() - began:7.1f} s"
         if cfg.role == "student" and (lr < cfg.lr or epoch == cfg.epochs):
             scores = select(cfg, data, model)
-            score = scores["pgd" if trainer.row.objective else "clean"]
+            score = scores["pgd" if row.objective else "clean"]
             line += "  test " + "  ".join(f"{name} {scores[name]:6.2f}" for name in scores)
             if score > state["best"]:
                 line += "  *"
@@ -1089,17 +1078,16 @@ def train_epoch(trainer, data, epoch, lr, predicted_before, log):
     """One epoch -> (mean loss, training accuracy at x' in percent, how often each class was
     predicted there)."""
     cfg = trainer.cfg
-    device = data.train_images.device
     draws = random_stream("cpu", cfg.seed, cfg.role, epoch)
-    noise = random_stream(device, cfg.seed, cfg.role, epoch, "noise", RANK)
+    noise = random_stream(cfg.device, cfg.seed, cfg.role, epoch, "noise", RANK)
     order = torch.randperm(len(data.train_labels), generator=draws)
-    order = torch.cat([order, order[: -len(order) % WORLD]]).to(device)
+    order = torch.cat([order, order[: -len(order) % WORLD]])
     images = augment(data.train_images[order], cfg.aug, draws)
     labels = data.train_labels[order]
     alpha = (cfg.alpha or 0.0) * epoch / cfg.epochs  # IGDM's linear ramp
-    predicted_before = predicted_before.to(device)
+    predicted_before = predicted_before.to(cfg.device)
     predicted = torch.zeros_like(trainer.counts)
-    sums = torch.zeros(2, device=device)  # of the loss and of the hits
+    sums = torch.zeros(2, device=cfg.device)  # of the loss and of the hits
     parts = list(zip(images.split(cfg.batch_size), labels.split(cfg.batch_size)))
     where = f"{cfg.role}, epoch {epoch}/{cfg.epochs}"
     for step, (batch_images, batch_labels) in enumerate(parts, 1):
@@ -1123,7 +1111,7 @@ def train_epoch(trainer, data, epoch, lr, predicted_before, log):
             show_progress(f"{where}, step {step}/{len(parts)}: ETA {time_left}")
     show_progress()
     total, hits = read_sums(trainer, sums, where)
-    predicted = sum(gather(predicted.double().cpu()))
+    predicted = sum(gather(predicted.cpu()))
     return total / len(order), 100 * hits / len(order), predicted
 
 
@@ -1173,8 +1161,17 @@ class Data:
     test_images: Tensor
     test_labels: Tensor
     classes: list  # names
-    counts: list = field(default_factory=list)  # training images per class
-    tail: list = field(default_factory=list)  # the classes of the tail group
+
+    @property
+    def counts(self) -> list:
+        """Training images per class."""
+        return self.train_labels.bincount().tolist()
+
+    @property
+    def tail(self) -> list:
+        """The classes of the tail group: the rarest tenth, at least one."""
+        classes = len(self.classes)
+        return list(range(classes - max(1, classes // 10), classes))
 
 
 def _crc32(*tensors):
@@ -1235,15 +1232,15 @@ def augment(images_u8, policy, generator) -> Tensor:
             "want none, ra or aua, and uint8 [N,3,H,W]"
         )
     n, _, height, width = images_u8.shape
-    device = images_u8.device
     if policy != "none":
         images_u8 = _apply_policy(images_u8, policy, generator)
-    corner = torch.randint(9, (2, n), generator=generator).to(device)  # of the 9 x 9 windows
-    flip = torch.randint(2, (n,), generator=generator).to(device).bool()
+    corner = torch.randint(9, (2, n), generator=generator)  # of the 9 x 9 windows
+    flip = torch.randint(2, (n,), generator=generator).bool()
     padded = F.pad(images_u8, [4] * 4)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [N,3,9,9,H,W], a view
-    cut = windows[torch.arange(n, device=device), :, corner[0], corner[1]]  # [N,3,H,W]
-    return torch.where(flip[:, None, None, None], cut.flip(3), cut)
+    cut = windows[torch.arange(n), :, corner[0], corner[1]]  # [N,3,H,W], a copy
+    cut[flip] = cut[flip].flip(3)
+    return cut
 
 
 def _apply_policy(images_u8, policy, generator):
@@ -1274,17 +1271,15 @@ def load_data(cfg) -> Data:
     kept = _limited(data.train_labels, cfg.train_limit)
     labels = data.train_labels[kept]
     available = np.bincount(labels)
-    data.counts = available.tolist()
+    counts = available
     if cfg.ir is not None:
-        data.counts = _largest_profile(available, cfg.ir)
-    kept = kept[long_tail_indices(labels, data.counts)]
+        counts = _largest_profile(available, cfg.ir)
+    kept = kept[long_tail_indices(labels, counts)]
     data.train_images = data.train_images[kept].to(cfg.device)
     data.train_labels = data.train_labels[kept].to(cfg.device)
     kept = _limited(data.test_labels, cfg.test_limit)
     data.test_images = data.test_images[kept].to(cfg.device)
     data.test_labels = data.test_labels[kept].to(cfg.device)
-    classes = len(data.classes)
-    data.tail = list(range(classes - max(1, classes // 10), classes))
     return data
 
 
@@ -1671,7 +1666,7 @@ def build_model(arch, num_classes, head="linear", mean=None, std=None) -> nn.Mod
 
 def weights_of(model):
     """A CPU copy of a module's state_dict, as a plain dict."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 def weights_crc32(model):
@@ -1722,7 +1717,7 @@ def load_weights(model, path, classes=None):
         for key in ("state_dict", "model", "net"):
             weights = weights.get(key, weights)
         for name, tensor in weights.items():
-            name = str(name).replace("module.", "").replace("_orig_mod.", "")
+            name = name.replace("module.", "").replace("_orig_mod.", "")
             if not tensor.isfinite().all():
                 raise UserError(f"{path} holds NaN or infinity, of a training that diverged")
             if not name.startswith("sub_block1"):
@@ -2094,14 +2089,16 @@ def autoattack(
         nets = usable_nets(nets, x[:batch_size], y[:batch_size])
         logits = checked_logits(nets[1], x, y, batch_size)
         warn_of_odd_models(nets[1], x[:batch_size], y[:batch_size], set(attacks) != {"square"})
+        # column 0 is y itself, then come its rivals in the order of the clean logits
+        rivals = logits.scatter(1, y[:, None], math.inf).argsort(1, descending=True)
         robust = logits.argmax(1) == y
         log(f"clean     right {_share(robust)}")
         for name in attacks:
             if name not in state:
                 steps = queries if name == "square" else iterations
-                rivals = targets if name in ("apgd-t", "fab-t") else 1
+                count = targets if name in ("apgd-t", "fab-t") else 1
                 state[name] = run_attack(
-                    name, steps, rivals, nets, x, y, logits, robust, eps, seed, batch_size
+                    name, steps, rivals[:, 1 : count + 1], nets, x, y, robust, eps, seed, batch_size
                 )
             rows = state[name]["rows"]
             robust[rows] = False
@@ -2117,22 +2114,20 @@ def _share(robust):
 
 
 def run_attack(
-    name, steps, targets, nets, x, y, logits, robust, eps, seed, batch_size
+    name, steps, targets, nets, x, y, robust, eps, seed, batch_size
 ) -> dict:  # fmt: skip
-    """Run one attack on the robust points, target after target on what is still robust. Returns the
-    fooled: {"rows": int64 [k], "images": [k,C,H,W], both on the CPU}."""
+    """Run one attack on the robust points, target after target on what is still robust; targets:
+    int64 [N, targets]. Returns the fooled: {"rows": int64 [k], "images": [k,C,H,W], on the CPU}."""
     if name == "fab-t" and getattr(nets[0], "dtype", None) == torch.bfloat16:
         nets = (nets[1], nets[1])  # its steps live on small differences of logits
-    # column 0 is y itself, then come its rivals in the order of the clean logits
-    rivals = logits.scatter(1, y[:, None], math.inf).argsort(1, descending=True)
     left = robust.clone()
     images = x.clone()
-    for nth in range(1, min(targets + 1, logits.shape[1])):
+    for nth, target in enumerate(targets.T, 1):
         if not left.any():
             break
         for rows in left.nonzero()[:, 0].split(batch_size):
             show_progress(f"{name}, target {nth}: {left.sum()} points robust")
-            points = Points(*nets, x[rows], y[rows], rivals[rows, nth], eps, batch_size)
+            points = Points(*nets, x[rows], y[rows], target[rows], eps, batch_size)
             draws = random_stream("cpu", seed, "autoattack", AUTOATTACK.index(name), nth)
             with suppress(AllFooled):
                 ATTACK_OF[name](points, draws, steps)
@@ -2219,25 +2214,34 @@ def evaluate(
         )
     nets = nets or scoring_nets(model)
     nets = usable_nets(nets, to_float(images_u8[:batch_size]), labels[:batch_size])
-    device = labels.device
     parts = torch.arange(len(labels)).split(batch_size)[RANK::WORLD]
     result = {}
     for name in attacks:
-        correct = torch.zeros(len(labels), dtype=torch.bool, device=device)
+        correct = torch.zeros_like(labels, dtype=torch.bool)
         inputs = (to_float(images_u8[part]) for part in parts)
         if name == "aa" and parts:
             mine = torch.cat(parts)
             x = to_float(images_u8[mine])
-            options = dict(eps=eps, seed=seed, batch_size=batch_size, nets=nets)
-            x_adv = autoattack(model, x, labels[mine], log=log, state=state, **options)
+            x_adv = autoattack(
+                model,
+                x,
+                labels[mine],
+                eps=eps,
+                seed=seed,
+                batch_size=batch_size,
+                nets=nets,
+                log=log,
+                state=state,
+            )
             inputs = x_adv.split(batch_size)
         for number, (part, x) in enumerate(zip(parts, inputs)):
             y = labels[part]
             with eval_mode(nets[1]), torch.no_grad(), ieee_float32():
                 if name == "pgd":
-                    noise = random_stream(device, seed, "evaluation", number * WORLD + RANK)
-                    threat = dict(eps=eps, step_size=step_size, steps=steps, generator=noise)
-                    x = pgd_attack(nets[0], x, y, **threat)
+                    noise = random_stream(x.device, seed, "evaluation", number * WORLD + RANK)
+                    x = pgd_attack(
+                        nets[0], x, y, eps=eps, step_size=step_size, steps=steps, generator=noise
+                    )
                 logits = nets[1](x)
             correct[part] = (logits.argmax(1) == y) & ~logits.isnan().any(1)  # NaN is never right
         right = torch.stack(gather(correct.cpu())).any(0).numpy()
@@ -2257,21 +2261,20 @@ def accuracies(name, right, labels, tail):
     }
 
 
-def save_examples(path, nets, images_u8, labels, count, log, *, seed=0, **threat):
+def save_examples(path, net, images_u8, labels, count, log, *, seed=0, **threat):
     """Write a PNG grid of `count` images spread over the set: clean, after PGD, ten times the
-    difference; to the log their labels and what the exact net says to both. threat: eps, step_size
-    and steps."""
+    difference; to the log their labels and what the net says to both. net: a FrozenCopy; threat:
+    eps, step_size and steps."""
     index = torch.linspace(0, len(labels) - 1, min(count, len(labels))).long()
     x = to_float(images_u8[index])
     noise = random_stream(x.device, seed, "examples")
-    x_adv = pgd_attack(nets[1], x, labels[index], generator=noise, **threat)
+    x_adv = pgd_attack(net, x, labels[index], generator=noise, **threat)
     difference = (0.5 + 10 * (x_adv - x)).clamp(0, 1)
     triples = torch.stack([x, x_adv, difference], 1).flatten(0, 1)
     with writing(path):
         torchvision.utils.save_image(triples, path, nrow=12)
-    with torch.no_grad():
-        clean = nets[1](x).argmax(1).tolist()
-        attacked = nets[1](x_adv).argmax(1).tolist()
+    clean = net(x).argmax(1).tolist()
+    attacked = net(x_adv).argmax(1).tolist()
     log(f"{path}: labels {labels[index].tolist()}, predicted {clean}, under attack {attacked}")
 
 
@@ -2290,7 +2293,6 @@ def write_atomic(path, content, rank=0):
     one. Of several ranks only this one writes."""
     if RANK != rank:
         return
-    path = Path(path)
     data = io.BytesIO()
     if isinstance(content, str):
         data.write(content.encode())
@@ -2307,7 +2309,7 @@ def write_atomic(path, content, rank=0):
         os.replace(temporary, path)
 
 
-def write_json(path, content):
+def write_json(path, **content):
     """As write_atomic."""
     write_atomic(path, json.dumps(content, indent=1) + "\n")
 
@@ -2390,15 +2392,15 @@ def open_run(cfg, data, path, log):
     if before != WORLD:
         log(f"going on with {WORLD} processes, begun with {before}")
     classes = dict(names=data.classes, counts=data.counts, tail=data.tail)
-    content = dict(config=asdict(cfg), images=images, environment=machine, classes=classes)
-    write_json(path / "config.json", content)
+    file = path / "config.json"
+    write_json(file, config=asdict(cfg), images=images, environment=machine, classes=classes)
 
 
 def save_model(path, cfg, data, model, epoch):
     """A checkpoint that load_weights reads: public parameter names, and the names of the
     classes."""
-    about = dict(epoch=epoch, arch=cfg.arch, classes=data.classes)
-    write_atomic(path, dict(state_dict=weights_of(model)) | about)
+    content = dict(state_dict=weights_of(model), epoch=epoch, arch=cfg.arch, classes=data.classes)
+    write_atomic(path, content)
 
 
 def load_state(path, trainer, log) -> dict:
@@ -2428,7 +2430,7 @@ def load_net(cfg, data, path):
         head = METHODS[cfg.method].head
         model = build_model(cfg.arch, len(data.classes), head, mean, std)
     epoch = load_weights(model, path, data.classes)
-    model = model.to(cfg.device)
+    model.to(cfg.device)
     uniform = [1] * len(data.classes)
     counts = uniform if cfg.role == "teacher" else data.counts  # what it was trained on
     return model, epoch, scoring_nets(model, cfg, counts)
@@ -2442,20 +2444,16 @@ def threat_of(cfg, unit=1) -> dict:
 def evaluate_run(cfg, data, path, log):
     """Evaluate teacher, best and last as far as they are there, or --checkpoint: what results.json
     lacks."""
-    names = list(CHECKPOINTS)
-    if not METHODS[cfg.method].teacher:
-        names.remove("teacher")
-    there = [name for name in names if (path / f"{name}.pt").exists()]
-    names = gather(there or names)[0]  # a shared drive may tell ranks different things
+    there = [name for name in CHECKPOINTS if (path / f"{name}.pt").exists()]
+    names = gather(there or ["best"])[0]  # a shared drive may tell ranks different things
     if cfg.checkpoint:
         names = [cfg.checkpoint]
     for name in names:
         its_cfg = teacher_config(cfg) if name == "teacher" else cfg
         file = Path(cfg.checkpoint or path / f"{name}.pt")
-        evaluate_checkpoint(its_cfg, data, path, log, name, file)
+        with_fallback(evaluate_checkpoint, its_cfg, data, path, log, name, file)
 
 
-@fall_back
 def evaluate_checkpoint(cfg, data, path, log, name, file):
     """Score one checkpoint: a flat record of results.json, which belongs to weights, test images
     and threat. Best and last are scored once where they are one."""
@@ -2465,7 +2463,7 @@ def evaluate_checkpoint(cfg, data, path, log, name, file):
     labels = data.test_labels
     if cfg.examples and RANK == 0:
         grid = path / f"examples-{file.stem}.png"
-        save_examples(grid, nets, images, labels, cfg.examples, log, **threat)
+        save_examples(grid, nets[1], images, labels, cfg.examples, log, **threat)
     about = dict(weights=weights_crc32(model), test_images=_crc32(images, labels)) | threat_of(cfg)
     records = gather(read_json(path / "results.json"))[0].get("evaluations", [])
     record = {}
@@ -2486,15 +2484,24 @@ def evaluate_checkpoint(cfg, data, path, log, name, file):
             write_atomic(saved, state, rank=RANK)
             log(line)
 
-        options = threat | dict(attacks=wanted, tail=data.tail, state=state, log=log_and_save)
-        record |= evaluate(model, images, labels, nets=nets, **options)
+        record |= evaluate(
+            model,
+            images,
+            labels,
+            attacks=wanted,
+            tail=data.tail,
+            nets=nets,
+            state=state,
+            log=log_and_save,
+            **threat,
+        )
         record["evaluated_on"] = environment(cfg)
         if cfg.checkpoint and record.get("clean", 100) <= 150 / len(data.classes):
             causes = "normalised images (--mean, --std), another --image-size or order of classes"
             log(f"{name} is near chance: was it trained on {causes}?")
     same = threat_of(cfg) | {"checkpoint": name}
     kept = [other for other in records if not same.items() <= other.items()]
-    write_json(path / "results.json", {"evaluations": kept + [record]})
+    write_json(path / "results.json", evaluations=kept + [record])
     gather(None)  # the record is there before another rank asks for it
     if "aa" in record:
         saved.unlink(missing_ok=True)
@@ -2578,7 +2585,7 @@ def paper_row(cfg, name) -> dict:
     a resolved Config under the standard threat; {} where it has none for these settings."""
     if cfg.method not in METHODS or name not in CHECKPOINTS:
         return {}
-    usual = resolve(Config(device="cpu", **{key: getattr(cfg, key) for key in FREE}))
+    usual = resolve({"device": "cpu"} | {key: getattr(cfg, key) for key in FREE})
     if identity(usual) != identity(cfg) or threat_of(usual) != threat_of(cfg):
         return {}
     method = "teacher" if name == "teacher" else cfg.method
@@ -2937,28 +2944,25 @@ def draw_boundaries(ax, r):
 # 12  Bench ========================================================================================
 # Plain is what a researcher writes after AT-BSL's script: eager, float32 NCHW, autograd.grad at x.
 # (Its training step already has our teacher and, on CUDA, the fused optimiser.)
-def timed(variants, rounds, device):
-    """{variant: function} -> {variant: median seconds a call}. They take turns, so that a drifting
-    machine slows all alike; the first round warms up."""
+def compare(part, batch, variants, rounds) -> list:
+    """Time {variant: function of `batch` images}; a row each, also to the screen: images a second,
+    by the median, and how many times the first variant's that is. They take turns, so that a
+    drifting machine slows all alike; the first round warms up."""
     seconds = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, function in variants.items():
             began = time.perf_counter()
             function()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - began)
-    return {name: float(np.median(values[1:])) for name, values in seconds.items()}
-
-
-def rows_of(part, batch, seconds) -> list:
-    """The bench's rows for {variant: seconds a call on `batch` images}; ratio: how many times as
-    fast as the first."""
-    first = next(iter(seconds.values()))
     rows = []
-    for name, took in seconds.items():
-        speed = dict(images_per_s=batch / took, ratio=first / took)
-        rows.append(dict(part=part, batch=batch, variant=name) | speed)
+    for name in variants:
+        row = dict(part=part, batch=batch, variant=name)
+        row["images_per_s"] = batch / float(np.median(seconds[name][1:]))
+        rows.append(row)
+        row["ratio"] = row["images_per_s"] / rows[0]["images_per_s"]
+        say("{:13} batch {:<4} {:26} {:12.1f} images/s  x {:.2f}".format(*row.values()))
     return rows
 
 
@@ -2975,14 +2979,13 @@ def plain_attack(model, x, y, cfg):
 
 
 def bench_core(cfg, batch, rounds):
-    """Rows of the attack and of the training step (the attack and the optimiser's step) at one
-    batch size on ResNet-18 with 100 classes: plain, then our levers added in turn."""
+    """The attack and the training step (the attack and the optimiser's step) at one batch size on
+    ResNet-18 with 100 classes: plain, then our levers added in turn."""
 
     def training_step(trainer, attack, x):
         trainer.step(x, attack(), y, 40.0, 0.01)
 
-    device = torch.device(cfg.device)
-    y = torch.arange(batch, device=device) % 100
+    y = torch.arange(batch, device=cfg.device) % 100
     plain = replace(cfg, batch_size=batch, amp="off", compile="off")
     levers = {"plain": plain, "folded norms, fused step": plain}
     if cfg.amp != "off":
@@ -2992,51 +2995,48 @@ def bench_core(cfg, batch, rounds):
     attacks = {}
     steps = {}
     for lever, its_cfg in levers.items():
-        model = build_model("resnet18", 100).to(device)
+        model = build_model("resnet18", 100).to(cfg.device)
         teacher, _ = scoring_nets(model, its_cfg)
         trainer = Trainer(its_cfg, model, long_tail_counts(500, 100, 10), teacher)
-        x = torch.rand(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-        attacks[lever] = partial(trainer.attack, x, y, None, torch.Generator(device))
+        x = torch.rand(batch, 3, 32, 32, device=cfg.device).to(memory_format=torch.channels_last)
+        attacks[lever] = partial(trainer.attack, x, y, None, torch.Generator(cfg.device))
         if lever == "plain":
             model.to(memory_format=torch.contiguous_format)
             x = x.contiguous()
             attacks[lever] = partial(plain_attack, model, x, y, cfg)
         steps[lever] = partial(training_step, trainer, attacks[lever], x)
-    rows = rows_of("attack", batch, timed(attacks, rounds, device))
-    return rows + rows_of("training step", batch, timed(steps, rounds, device))
+    rows = compare("attack", batch, attacks, rounds)
+    return rows + compare("training step", batch, steps, rounds)
 
 
-def bench_kernel(device):
-    """Rows of the step on CUDA: plain operations, compiled ones, our kernel, all from a CUDA graph,
-    so that launches cost nothing. It moves 49,152 bytes an image."""
+def bench_kernel(device, batch):
+    """A hundred steps on CUDA: plain operations, compiled ones, our kernel, each as a CUDA graph,
+    so that launches cost nothing. A step moves 49,152 bytes an image."""
+    x = torch.rand(batch, 3, 32, 32, device=device)
+    arguments = (x.clone(), torch.randn_like(x).bfloat16(), x, 2 / 255, 8 / 255, x.bfloat16())
 
     def plain(x_adv, grad, x, step_size, eps, low):
         low.copy_(x_adv.copy_(pgd_step_reference(x_adv, grad, x, step_size, eps)))
 
-    rows = []
+    def hundred_times(step):
+        for _ in range(100):
+            step(*arguments)
+
     compiled = torch.compile(plain, dynamic=False)
-    variants = dict(plain=plain, compiled=compiled, kernel=pgd_step)
-    for batch in (32, 128, 4096):
-        x = torch.rand(batch, 3, 32, 32, device=device)
-        arguments = (x.clone(), torch.randn_like(x).bfloat16(), x, 2 / 255, 8 / 255, x.bfloat16())
-        seconds = {}
-        for name, function in variants.items():
-            call = partial(function, *arguments)
-            milliseconds = triton.testing.do_bench_cudagraph(call, return_mode="median")
-            seconds[name] = milliseconds / 1000
-        rows += rows_of("step kernel", batch, seconds)
-    return rows
+    replays = {}
+    for name, step in dict(plain=plain, compiled=compiled, kernel=pgd_step).items():
+        replays[name], _ = capture_cuda_graph(hundred_times, (step,))
+    return compare("100 steps", batch, replays, 5)
 
 
 def bench_autoattack(cfg):
-    """Rows of each attack by pyautoattack, where that is installed, and by ours: 16 images, 5
-    iterations, 100 queries, on an untrained resnet8's own guesses."""
-    device = torch.device(cfg.device)
-    model = build_model("resnet8", 10).to(device, memory_format=torch.contiguous_format).eval()
-    x = torch.rand(16, 3, 32, 32, device=device)
+    """Each attack by pyautoattack, where that is installed, and by ours: 16 images, 5 iterations,
+    100 queries, on an untrained resnet8's own guesses."""
+    model = build_model("resnet8", 10).to(cfg.device, memory_format=torch.contiguous_format).eval()
+    x = torch.rand(16, 3, 32, 32, device=cfg.device)
     y = model(x).argmax(1)
     eps = 0.25 / 255  # most points stay robust
-    budget = dict(nets=scoring_nets(model, cfg), iterations=5, queries=100)
+    nets = scoring_nets(model, cfg)
     rows = []
     for name in AUTOATTACK:
         variants = {}
@@ -3049,8 +3049,10 @@ def bench_autoattack(cfg):
                 attack.n_iter = 5
             official.square.n_queries = 100
             variants["pyautoattack"] = partial(official.run_standard_evaluation, x, y)
-        variants["ours"] = partial(autoattack, model, x, y, eps=eps, attacks=[name], **budget)
-        rows += rows_of(name, len(x), timed(variants, 1, device))
+        variants["ours"] = partial(
+            autoattack, model, x, y, eps=eps, attacks=[name], nets=nets, iterations=5, queries=100
+        )
+        rows += compare(name, len(x), variants, 1)
     return rows
 
 
@@ -3063,19 +3065,15 @@ def stage_bench(cfg):
     for batch in (32, 128):
         rows += bench_core(cfg, batch, 5 if on_cuda else 128 // batch)
     if on_cuda and triton:
-        rows += bench_kernel(cfg.device)
+        for batch in (32, 128, 4096):
+            rows += bench_kernel(cfg.device, batch)
     rows += bench_autoattack(cfg)
-    cells = [["part", "variant", "batch", "images/s", "ratio"]]
-    for row in rows:
-        numbers = [str(row["batch"]), f"{row['images_per_s']:.1f}", f"{row['ratio']:.2f}"]
-        cells.append([row["part"], row["variant"], *numbers])
-    say(markdown(cells))
-    content = dict(environment=environment(cfg), attack_steps=cfg.steps, rows=rows)
-    write_json(Path(cfg.out, "bench", "bench.json"), content)
+    path = Path(cfg.out, "bench", "bench.json")
+    write_json(path, environment=environment(cfg), attack_steps=cfg.steps, rows=rows)
 
 
 # 13  Command line =================================================================================
-METHOD_SETTINGS = {"alpha", "tau", "beta", "kd"}
+METHOD_SETTINGS = set(Method.uses)  # by default a method uses all that there are
 ATTACK_SETTINGS = {"eps", "step_size", "steps"}
 TEACHER_SETTINGS = {
     "gamma", "teacher_method", "teacher_data", "teacher_epochs", "teacher_batch_size",
@@ -3158,9 +3156,9 @@ def parse_args(argv=None) -> list:
     given["runs"] = [tuple(given.get("runs", ()))]
     configs = []
     for values in itertools.product(*given.values()):
-        cfg = Config(**dict(zip(given, values)))
-        check_settings(cfg)
-        cfg = resolve(cfg)
+        chosen = dict(zip(given, values))
+        check_settings(Config(**chosen))
+        cfg = resolve(chosen)
         for size in (cfg.batch_size, cfg.teacher_batch_size or 0):
             if size % WORLD and cfg.stage != "eval":
                 raise UserError(f"batch size {size}: want a multiple of {WORLD} processes")
@@ -3179,11 +3177,11 @@ def check_settings(cfg):
         )
     if cfg.stage == "teacher" and not row.teacher:
         raise UserError(f"--stage teacher: {cfg.method} has no teacher")
-    if cfg.milestones and not re.fullmatch(r"(0?\.\d+|1)(,(0?\.\d+|1))*", cfg.milestones):
+    if not re.fullmatch(r"(0?\.\d+|1)(,(0?\.\d+|1))*", cfg.milestones):
         raise UserError(
             f"--milestones {cfg.milestones!r}: want shares of the epochs, as in 0.75,0.9"
         )
-    if cfg.attacks and not set(cfg.attacks.split(",")) <= set(ATTACKS):
+    if not set(cfg.attacks.split(",")) <= set(ATTACKS):
         raise UserError(f"--attacks {cfg.attacks!r}: want a comma list of {', '.join(ATTACKS)}")
     for flag in ("eps", "step_size", "eval_eps", "eval_step_size"):
         value = getattr(cfg, flag)
@@ -3201,21 +3199,24 @@ def check_settings(cfg):
         raise UserError(f"{cfg.runs[0]}: runs go with --stage report only; lists take commas")
 
 
-def resolve(cfg) -> Config:
-    """Fill every None of a Config with its default and 'auto' with what this machine has, and set
-    to None what the run does not use; UserError for what this machine has not."""
+def resolve(wanted) -> Config:
+    """The Config of {field: value}. What is not given, or None, has the default of --official, of
+    the data set or of its field; 'auto' becomes what this machine has, what the run does not use
+    None. UserError for what this machine has not."""
+    given = {key: value for key, value in wanted.items() if value is not None}
+    cfg = Config(**given)
     row = METHODS[cfg.method]
-    values = COMMON | DATASETS[cfg.data]
+    values = vars(cfg) | DATASETS[cfg.data]
     if cfg.official:
         values |= row.official
-    values |= {key: value for key, value in vars(cfg).items() if value is not None}
+    values |= given
     if cfg.teacher_data == "full":  # Figure 5's other teachers see all of D, as long as a student
-        values["teacher_epochs"] = cfg.teacher_epochs or values["epochs"]
-        values["teacher_batch_size"] = cfg.teacher_batch_size or values["batch_size"]
-    if "ir" in values:
-        values.setdefault("gamma", max(1.0, values["ir"] / 2))
+        values |= dict(teacher_epochs=values["epochs"], teacher_batch_size=values["batch_size"])
+    if values["ir"]:
+        values["gamma"] = max(1.0, values["ir"] / 2)
     if cfg.stage != "report":  # which shows runs under their own
-        values.setdefault("eval_eps", values["eps"])
+        values["eval_eps"] = values["eps"]
+    values |= given  # also above the defaults that follow from others
     values["official"] = bool(cfg.official and row.official)
     values["device"] = find_device(cfg.device)
     device = torch.device(values["device"])
@@ -3225,7 +3226,7 @@ def resolve(cfg) -> Config:
         values["compile"] = "off"
     if cfg.amp == "fp16" and device.type == "cpu":
         raise UserError("--amp fp16: needs a CUDA device; on CPUs choose bf16 or off")
-    return replace(cfg, **values | dict.fromkeys(unused_settings(cfg)))
+    return Config(**values | dict.fromkeys(unused_settings(cfg)))
 
 
 def unused_settings(cfg) -> set:
@@ -3252,7 +3253,7 @@ def unused_settings(cfg) -> set:
 def find_device(name) -> str:
     """'cpu' or 'cuda:N' for a --device, under torchrun the rank's own; UserError for what
     PyTorch does not see."""
-    known = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
+    known = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
     if name == "auto":
         name = known[0]
     if name == "cuda":
@@ -3331,7 +3332,7 @@ def teacher_config(cfg) -> Config:
         epochs=cfg.teacher_epochs,
         batch_size=cfg.teacher_batch_size,
     )
-    return resolve(replace(cfg, **its_own))
+    return resolve(vars(cfg) | its_own)
 
 
 def copy_teacher(cfg, data, path, log):
@@ -3360,7 +3361,7 @@ def copy_teacher(cfg, data, path, log):
 def run_one(cfg):
     """All that one Config asks for: its teacher, its training, its evaluation."""
     tune_process(cfg)
-    cfg = resolve(cfg)  # it is known now whether Triton works
+    cfg = resolve(vars(cfg))  # it is known now whether Triton works
     if RANK == 0:
         data = load_data(cfg)
     gather(None)  # rank 0 has fetched and decoded for all
@@ -3377,7 +3378,7 @@ def work_in_folder(cfg, data):
         if cfg.stage != "eval" and METHODS[cfg.method].teacher:
             copy_teacher(cfg, data, path, log)
         if cfg.stage not in ("eval", "teacher") and not (path / "last.pt").exists():
-            train(cfg, data, path, log)
+            with_fallback(train, cfg, data, path, log)
         if cfg.stage in ("eval", "all"):
             evaluate_run(cfg, data, path, log)
             report([path], replace(cfg, figures=None), path)
@@ -3407,7 +3408,7 @@ def run_stages(configs):
             save_figure(cfg.figures, "figure2.png", "Optimal classifiers", draw_boundaries, panels)
     elif cfg.stage == "bench":
         tune_process(cfg)
-        stage_bench(resolve(cfg))
+        stage_bench(resolve(vars(cfg)))
     elif cfg.runs:
         folders = run_folders(cfg.runs)
         report(folders, cfg, folders[0].parent if folders else Path())
