@@ -3141,7 +3141,7 @@ def make_parser():
             parser.add_argument(flag, action="store_const", const=[True], help=help)
             continue
         if f.default is not None:
-            help += f" ({f.default})"
+            help += f" (default {f.default})"
         words = ",".join(choices_of(f)) or f.type.__name__.upper()
         read = partial(_read, f)
         parser.add_argument(flag, type=read, metavar=words, help=help)
