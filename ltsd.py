@@ -71,7 +71,6 @@ except ImportError:  # Windows: no lock on run folders there
     fcntl = None
 
 EVAL_BATCH = 500  # images scored at once
-AUGMENT_GROUPS = 512  # independent draws of an augmentation policy in an epoch
 AMP_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 
 # Several processes, each a "rank" of a group that torchrun started: only `main` changes these two,
@@ -143,8 +142,7 @@ def average_over_ranks(tensors):
         return
     flat = torch._utils._flatten_dense_tensors(tensors) / WORLD
     dist.all_reduce(flat)
-    means = torch._utils._unflatten_dense_tensors(flat, tensors)
-    torch._foreach_copy_(tensors, means)
+    torch._foreach_copy_(tensors, torch._utils._unflatten_dense_tensors(flat, tensors))
 
 
 # 2  Config ========================================================================================
@@ -246,8 +244,7 @@ def balanced_indices(labels, per_class, seed) -> np.ndarray:
         if len(members) == 0:
             raise ValueError(f"class {c} has no image to resample")
         whole, rest = divmod(int(per_class), len(members))
-        chosen.append(np.tile(members, whole))
-        chosen.append(rng.choice(members, rest, replace=False))
+        chosen += [np.tile(members, whole), rng.choice(members, rest, replace=False)]
     return np.concatenate(chosen)
 
 
@@ -257,8 +254,7 @@ def balanced_data(cfg, data):
     smallest = min(data.counts)
     gamma = cfg.gamma or max(1.0, max(data.counts) / smallest / 2)
     per_class = max(1, math.floor(gamma * smallest + 1e-9))  # 15/11 of 11 are 15
-    seed = derive_seed(cfg.seed, "balanced")
-    drawn = balanced_indices(data.train_labels.cpu(), per_class, seed)
+    drawn = balanced_indices(data.train_labels.cpu(), per_class, derive_seed(cfg.seed, "balanced"))
     return replace(
         data, train_images=data.train_images[drawn], train_labels=data.train_labels[drawn]
     )
@@ -496,7 +492,7 @@ def _clean_logits(frozen, x, counts, predicted):
 def _reat_weights(frozen, x, counts, predicted):
     # An image of a class that was never predicted weighs so much that in float16 the gradients of
     # the others become zero. Without weights the steps are the same.
-    if getattr(frozen, "dtype", None) == torch.float16:
+    if frozen.dtype == torch.float16:
         return None
     return reat_class_weights(counts, predicted)
 
@@ -599,15 +595,18 @@ if triton:
 STEP_BLOCK = 1024  # 4 warps of 32 threads take 8 values each: two 16-byte float32 loads, one 16-bit
 
 
-def _check_step(x, **others):
+def _check_step(**tensors):
     """ValueError unless all share shape, device and a layout without gaps, in types pgd_step takes:
     the kernel walks memory, so that another layout would silently pair the wrong pixels."""
+    x = tensors["x"]
     strides = torch.empty_like(x, device="meta").stride()  # x's own, unless x has gaps
     want = f"{list(x.shape)} {strides} {x.device}"
-    for name, tensor in dict(x=x, **others).items():
+    for name, tensor in tensors.items():
         got = f"{list(tensor.shape)} {tensor.stride()} {tensor.device}"
-        may_be_low = name in ("grad", "out_low") and tensor.dtype in AMP_DTYPE.values()
-        if got != want or not (may_be_low or tensor.dtype == torch.float32):
+        dtypes = [torch.float32]
+        if name in ("grad", "out_low"):
+            dtypes = AMP_DTYPE.values()
+        if got != want or tensor.dtype not in dtypes:
             raise ValueError(
                 f"{name} is {tensor.dtype} {got}: "
                 f"want float32 {want} (grad, out_low: or bf16, fp16)"
@@ -621,7 +620,7 @@ def pgd_step(x_adv, grad, x, step_size, eps, out_low=None) -> Tensor:
     Triton kernel on CUDA where Triton works, and on any device when TRITON_INTERPRET=1; else the
     reference. Returns x_adv. ValueError on a mismatch."""
     low = x_adv if out_low is None else out_low
-    _check_step(x, x_adv=x_adv, grad=grad, out_low=low)
+    _check_step(x=x, x_adv=x_adv, grad=grad, out_low=low)
     if triton and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         n = x.numel()
         with torch.cuda.device_of(x):
@@ -632,9 +631,6 @@ def pgd_step(x_adv, grad, x, step_size, eps, out_low=None) -> Tensor:
             x_adv.copy_(pgd_step_reference(x_adv, grad, x, step_size, eps))
             low.copy_(x_adv)
     return x_adv
-
-
-BATCH_NORM_EPS = 1e-5  # PyTorch's, which all our networks have
 
 
 class FrozenCopy(nn.Module):
@@ -649,21 +645,19 @@ class FrozenCopy(nn.Module):
         super().__init__()
         self.net = copy.deepcopy(model).eval().requires_grad_(False)
         self.dtype = dtype
-        self.compiled = self.net
-        self.compiled_sizes = ()
+        self.compiled = {}  # {batch size: compiled net}
         self.graphs = None
         self.overflows = next(model.parameters()).new_zeros(())
         self.source = model.state_dict(keep_vars=True)
         self.folded = []  # (name of a convolution, name of the batch norm of its output alone)
-        for name, module in model.named_modules():
+        for name, module in self.net.named_modules():
             prefix = f"{name}.".lstrip(".")
             for conv, norm in getattr(module, "folds", ()):
                 # a shortcut may be empty, a block from outside may have another norm
                 if f"{prefix}{norm}.running_var" in self.source:
                     self.folded.append((prefix + conv, prefix + norm))
-        for conv, norm in self.folded:
-            self.net.get_submodule(conv).bias = self.net.get_submodule(norm).bias
-            self.net.set_submodule(norm, nn.Identity())
+                    module.get_submodule(conv).bias = module.get_submodule(norm).bias
+                    module.set_submodule(norm, nn.Identity())
         for module in self.net.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(dtype)
@@ -682,7 +676,7 @@ class FrozenCopy(nn.Module):
 
         values = dict(self.source)
         if self.folded:  # not so in a network whose blocks have no `folds`
-            variances = torch._foreach_add(of_norms("running_var"), BATCH_NORM_EPS)
+            variances = torch._foreach_add(of_norms("running_var"), 1e-5)  # all have PyTorch's eps
             scales = torch._foreach_div(of_norms("weight"), torch._foreach_sqrt(variances))
             means = torch._foreach_mul(of_norms("running_mean"), scales)
             shifts = torch._foreach_sub(of_norms("bias"), means)
@@ -695,14 +689,13 @@ class FrozenCopy(nn.Module):
 
     def speed_up(self, *sizes):
         """Compile the forward for batches of these sizes; on CUDA also capture whole attacks."""
-        self.compiled = torch.compile(self.net, dynamic=False)
-        self.compiled_sizes = sizes
+        self.compiled = dict.fromkeys(sizes, torch.compile(self.net, dynamic=False))
         if self.overflows.is_cuda:
             self.graphs = {}
         return self
 
     def forward(self, x):
-        net = self.compiled if len(x) in self.compiled_sizes else self.net
+        net = self.compiled.get(len(x), self.net)
         return net(x.to(self.dtype, memory_format=torch.channels_last))  # one layout, one graph
 
 
@@ -828,7 +821,7 @@ def pgd_attack(
         inputs.append(aux)
     settings = (objective or cross_entropy_objective, eps, step_size, steps)
     ascend = partial(_ascend, net, *settings)
-    if net.graphs is not None and len(x) in net.compiled_sizes:
+    if net.graphs is not None and len(x) in net.compiled:
         result = call_graphed(  # what the capture adds to overflows goes again
             net.graphs, settings, ascend, inputs, pixels_differ, lambda: [net.overflows]
         )
@@ -841,6 +834,7 @@ class ForeignNet(nn.Module):
     """A module that is not ours as images -> logits, on copies of the images. ValueError for what
     is no module and for what returns something else."""
 
+    dtype = torch.float32
     graphs = None
 
     def __init__(self, model):
@@ -864,9 +858,9 @@ GRADIENT_SCALE = 2.0**10
 
 
 def _ascend(forward, objective, eps, step_size, steps, x, y, start, aux=None):
-    """(last iterate,) of the attack's steps from `start`; forward: images in its own `dtype`, by
-    default float32, -> float32 logits."""
-    dtype = getattr(forward, "dtype", torch.float32)
+    """(last iterate,) of the attack's steps from `start`; forward: images of its own `dtype` ->
+    float32 logits."""
+    dtype = forward.dtype
     scale = GRADIENT_SCALE * len(x) if dtype == torch.float16 else 1.0  # the objective is a mean
     x_adv = start.clone()
     low = x_adv.to(dtype)  # x_adv itself where that is float32
@@ -917,6 +911,7 @@ class Trainer:
         self.model = model
         self.row = METHODS[cfg.method]
         self.counts = torch.tensor(counts, dtype=torch.float32, device=cfg.device)
+        self.predicted = self.counts  # how often each class was at x' in the epoch before
         self.whole_batch = cfg.batch_size // WORLD
         self.teacher = teacher
         dtype = AMP_DTYPE[cfg.amp] if self.row.low_precision else torch.float32
@@ -928,9 +923,8 @@ class Trainer:
         if cfg.compile != "off":
             self.compiled = torch.compile(model, dynamic=False)
             self.frozen.speed_up(self.whole_batch)
-            if teacher is not None:
-                halves = 1 if cfg.kd == "kl" else 2  # x' and x - d in one batch
-                teacher.speed_up(self.whole_batch * halves)
+            if teacher is not None:  # it sees x', or x' and x - d in one batch
+                teacher.speed_up(self.whole_batch, 2 * self.whole_batch)
 
     def updated_tensors(self):
         """What an optimiser's step changes in place."""
@@ -942,10 +936,13 @@ class Trainer:
         limit = 1e-4 if self.cfg.amp == "off" else 2**-6
         if self.row.awp:  # its ascent magnifies the last bits of kernels that are not reproducible
             limit = 0.3
+
+        def norm(tensors):  # of all their numbers together, without the batches counted
+            return torch.cat([t.flatten() for t in tensors if t.is_floating_point()]).norm()
+
+        errors = torch._foreach_sub(got, wanted)
         for part in (slice(0, 1), slice(2, None)):  # the loss; the changes behind the logits
-            ours = torch.cat([t.flatten() for t in got[part] if t.is_floating_point()])
-            theirs = torch.cat([t.flatten() for t in wanted[part] if t.is_floating_point()])
-            if not (ours - theirs).norm() <= limit * theirs.norm():
+            if not norm(errors[part]) <= limit * norm(wanted[part]):
                 return True
         return False
 
@@ -955,8 +952,8 @@ class Trainer:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.cfg.amp == "bf16"):
             return network(x, **options)
 
-    def attack(self, x, y, predicted, generator):
-        """The training attack's x'. predicted: how often each class was predicted, for REAT."""
+    def attack(self, x, y, generator):
+        """The training attack's x'."""
         if self.row.objective is None:
             return x
         self.frozen.refresh()
@@ -969,7 +966,7 @@ class Trainer:
             steps=self.cfg.steps,
             init=self.row.init,
             objective=self.row.objective,
-            aux=self.row.aux(self.frozen, x, self.counts, predicted),
+            aux=self.row.aux(self.frozen, x, self.counts, self.predicted),
             generator=generator,
         )
 
@@ -981,9 +978,13 @@ class Trainer:
         begun = self.cfg.momentum == 0 or len(self.optimizer.state) > 0
         if graphs is None or WORLD > 1 or not begun or len(x) != self.whole_batch:
             return self._eager_step(x, x_adv, y, alpha, lr)
-        alpha = torch.full((), alpha, device=x.device)
-        lr = torch.full((), lr, device=x.device)
-        inputs = [x, x_adv, y, alpha, lr]
+        inputs = [
+            x,
+            x_adv,
+            y,
+            torch.full((), alpha, device=x.device),
+            torch.full((), lr, device=x.device),
+        ]
         return call_graphed(
             graphs, "step", self._eager_step, inputs, self.steps_differ, self.updated_tensors
         )
@@ -1016,8 +1017,7 @@ def with_fallback(task, cfg, data, path, log, *more):
                 raise
             reason = f"{type(error).__name__}: {first_line(error)}"
             if cfg.compile == "on" or WORLD > 1:  # one rank alone cannot begin again
-                remedy = "compiling fails here, try --compile off"
-                raise UserError(f"{remedy} ({reason})") from error
+                raise UserError(f"compiling fails here, try --compile off ({reason})") from error
             log(f"again, uncompiled from here on ({reason})")
             cfg = replace(cfg, compile="off")
 
@@ -1041,19 +1041,19 @@ def train(cfg, data, path, log):
         # the fast one of its two nets; RoBal's with its post-hoc head
         _, _, (teacher, _) = load_net(teacher_config(cfg), data, path / "teacher.pt")
     trainer = Trainer(cfg, model, data.counts, teacher)
-    # what is true after the last complete epoch; predicted: how often each class was, at x'
-    state = dict(epoch=0, best=-1.0, predicted=trainer.counts.cpu(), classes=data.classes)
+    # what is true after the last complete epoch
+    state = dict(epoch=0, best=-1.0, classes=data.classes)
     state |= load_state(path, trainer, log)
-    sizes = f"{data.counts[0]} to {data.counts[-1]} a class"
-    log(f"{cfg.role}: {cfg.method} on {len(data.train_labels)} images, {sizes}")
-    milestones = [float(share) for share in cfg.milestones.split(",")]
+    log(
+        f"{cfg.role}: {cfg.method} on {len(data.train_labels)} images, "
+        f"{data.counts[0]} to {data.counts[-1]} a class"
+    )
+    milestones = list(map(float, cfg.milestones.split(",")))
     written = -math.inf
     for epoch in range(state["epoch"] + 1, cfg.epochs + 1):
         began = time.perf_counter()
         lr = lr_at(epoch, cfg.epochs, cfg.lr, milestones)
-        result = train_epoch(trainer, data, epoch, lr, state["predicted"], log)
-        loss, accuracy, state["predicted"] = result
-        state["epoch"] = epoch
+        loss, accuracy = train_epoch(trainer, data, epoch, lr, log)
         line = f"{cfg.role} {epoch:>4}/{cfg.epochs:<4} lr {lr:<7.2g} loss {loss:8.4f}"
         line += f"  train {accuracy:6.2f}  {time.perf_counter() - began:7.1f} s"
         if cfg.role == "student" and (lr < cfg.lr or epoch == cfg.epochs):
@@ -1067,37 +1067,38 @@ def train(cfg, data, path, log):
                 written = -math.inf  # write state.pt now: it knows of every best.pt
         log(line)
         if time.perf_counter() - written > 30:
-            networks = dict(model=model.state_dict(), optimizer=trainer.optimizer.state_dict())
-            write_atomic(path / "state.pt", state | networks)
+            state |= dict(
+                epoch=epoch,
+                model=model.state_dict(),
+                optimizer=trainer.optimizer.state_dict(),
+                predicted=trainer.predicted,
+            )
+            write_atomic(path / "state.pt", state)
             written = time.perf_counter()
     save_model(path / "last.pt", cfg, data, model, cfg.epochs)
     gather(None)  # it is there before another rank asks for it
 
 
-def train_epoch(trainer, data, epoch, lr, predicted_before, log):
-    """One epoch -> (mean loss, training accuracy at x' in percent, how often each class was
-    predicted there)."""
+def train_epoch(trainer, data, epoch, lr, log):
+    """One epoch -> (mean loss, training accuracy at x' in percent)."""
     cfg = trainer.cfg
     draws = random_stream("cpu", cfg.seed, cfg.role, epoch)
     noise = random_stream(cfg.device, cfg.seed, cfg.role, epoch, "noise", RANK)
     order = torch.randperm(len(data.train_labels), generator=draws)
     order = torch.cat([order, order[: -len(order) % WORLD]])
-    images = augment(data.train_images[order], cfg.aug, draws)
-    labels = data.train_labels[order]
+    images = augment(data.train_images[order], cfg.aug, draws)[RANK::WORLD]
+    labels = data.train_labels[order[RANK::WORLD]]
     alpha = (cfg.alpha or 0.0) * epoch / cfg.epochs  # IGDM's linear ramp
-    predicted_before = predicted_before.to(cfg.device)
     predicted = torch.zeros_like(trainer.counts)
     sums = torch.zeros(2, device=cfg.device)  # of the loss and of the hits
-    parts = list(zip(images.split(cfg.batch_size), labels.split(cfg.batch_size)))
+    parts = list(zip(images.split(trainer.whole_batch), labels.split(trainer.whole_batch)))
     where = f"{cfg.role}, epoch {epoch}/{cfg.epochs}"
-    for step, (batch_images, batch_labels) in enumerate(parts, 1):
-        x = to_float(batch_images[RANK::WORLD])
-        y = batch_labels[RANK::WORLD]
-        x_adv = trainer.attack(x, y, predicted_before, noise)
+    for step, (images_u8, y) in enumerate(parts, 1):
+        x = to_float(images_u8)
+        x_adv = trainer.attack(x, y, noise)
         loss, logits = trainer.step(x, x_adv, y, alpha, lr)
         guess = logits.argmax(1)
-        correct = (guess == y).sum()
-        sums += torch.stack([loss * len(y), correct])
+        sums += torch.stack([loss * len(y), (guess == y).sum()])
         predicted += F.one_hot(guess, len(predicted)).sum(0)
         if step == 1:  # which also compiles
             began = time.perf_counter()
@@ -1111,8 +1112,8 @@ def train_epoch(trainer, data, epoch, lr, predicted_before, log):
             show_progress(f"{where}, step {step}/{len(parts)}: ETA {time_left}")
     show_progress()
     total, hits = read_sums(trainer, sums, where)
-    predicted = sum(gather(predicted.cpu()))
-    return total / len(order), 100 * hits / len(order), predicted
+    trainer.predicted = sum(gather(predicted.cpu())).to(cfg.device)
+    return total / len(order), 100 * hits / len(order)
 
 
 def read_sums(trainer, sums, where):
@@ -1133,7 +1134,6 @@ def read_sums(trainer, sums, where):
 
 def select(cfg, data, model):
     """{attack: accuracy on the test set}, by which the best epoch is chosen."""
-    plain = replace(cfg, compile="off")  # this takes seconds, compiling would take longer
     attacks = ["clean", "pgd"] if METHODS[cfg.method].objective else ["clean"]
     scores = evaluate(
         model,
@@ -1142,7 +1142,8 @@ def select(cfg, data, model):
         attacks=attacks,
         eps=(cfg.eps or 0) / 255,
         seed=cfg.seed,
-        nets=scoring_nets(model, plain, data.counts),
+        # this takes seconds, compiling would take longer
+        nets=scoring_nets(model, replace(cfg, compile="off"), data.counts),
     )
     return {name: scores[name] for name in attacks}
 
@@ -1217,6 +1218,14 @@ def long_tail_indices(labels, counts) -> np.ndarray:
     return np.concatenate(chosen)
 
 
+AUGMENT_GROUPS = 512  # independent draws of an augmentation policy in an epoch
+POLICIES = {
+    "none": None,
+    "ra": v2.RandAugment(2, 8),
+    "aua": v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+}
+
+
 def augment(images_u8, policy, generator) -> Tensor:
     """Augment a whole epoch at once: the policy, then a zero-pad-4 random crop, then a flip with p
     = 0.5, as AT-BSL. images_u8: uint8 [N,3,H,W], any device, not changed. policy: 'none', 'ra'
@@ -1226,14 +1235,19 @@ def augment(images_u8, policy, generator) -> Tensor:
     group k being images k, k + AUGMENT_GROUPS, ...: every image has torchvision's law, and two
     images of a batch of up to AUGMENT_GROUPS share no draw. ValueError: unknown policy, another
     dtype or shape."""
-    if policy not in ("none", "ra", "aua") or images_u8.dtype != torch.uint8 or images_u8.ndim != 4:
+    if policy not in POLICIES or images_u8.dtype != torch.uint8 or images_u8.ndim != 4:
         raise ValueError(
             f"policy {policy!r}, images {images_u8.dtype} {list(images_u8.shape)}: "
             "want none, ra or aua, and uint8 [N,3,H,W]"
         )
     n, _, height, width = images_u8.shape
     if policy != "none":
-        images_u8 = _apply_policy(images_u8, policy, generator)
+        images_u8 = images_u8.clone()
+        seed = torch.randint(2**63 - 1, (), generator=generator)
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            torch.default_generator.manual_seed(int(seed))
+            for k in range(min(n, AUGMENT_GROUPS)):
+                images_u8[k::AUGMENT_GROUPS] = POLICIES[policy](images_u8[k::AUGMENT_GROUPS])
     corner = torch.randint(9, (2, n), generator=generator)  # of the 9 x 9 windows
     flip = torch.randint(2, (n,), generator=generator).bool()
     padded = F.pad(images_u8, [4] * 4)
@@ -1241,19 +1255,6 @@ def augment(images_u8, policy, generator) -> Tensor:
     cut = windows[torch.arange(n), :, corner[0], corner[1]]  # [N,3,H,W], a copy
     cut[flip] = cut[flip].flip(3)
     return cut
-
-
-def _apply_policy(images_u8, policy, generator):
-    """A copy of the images, to each group of which one draw of torchvision's policy is applied."""
-    transform = v2.RandAugment(2, 8)
-    if policy == "aua":
-        transform = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
-    result = images_u8.clone()
-    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-        torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
-        for k in range(min(len(result), AUGMENT_GROUPS)):
-            result[k::AUGMENT_GROUPS] = transform(result[k::AUGMENT_GROUPS])
-    return result
 
 
 def load_data(cfg) -> Data:
@@ -1268,19 +1269,20 @@ def load_data(cfg) -> Data:
         data = load_tinyimagenet(cfg.data_dir)
     else:
         data = load_cifar(cfg.data, cfg.data_dir)
-    kept = _limited(data.train_labels, cfg.train_limit)
-    labels = data.train_labels[kept]
-    available = np.bincount(labels)
-    counts = available
+    train = _limited(data.train_labels, cfg.train_limit)
+    labels = data.train_labels[train]
+    counts = np.bincount(labels)
     if cfg.ir is not None:
-        counts = _largest_profile(available, cfg.ir)
-    kept = kept[long_tail_indices(labels, counts)]
-    data.train_images = data.train_images[kept].to(cfg.device)
-    data.train_labels = data.train_labels[kept].to(cfg.device)
-    kept = _limited(data.test_labels, cfg.test_limit)
-    data.test_images = data.test_images[kept].to(cfg.device)
-    data.test_labels = data.test_labels[kept].to(cfg.device)
-    return data
+        counts = _largest_profile(counts, cfg.ir)
+    train = train[long_tail_indices(labels, counts)]
+    test = _limited(data.test_labels, cfg.test_limit)
+    return Data(
+        data.train_images[train].to(cfg.device),
+        data.train_labels[train].to(cfg.device),
+        data.test_images[test].to(cfg.device),
+        data.test_labels[test].to(cfg.device),
+        data.classes,
+    )
 
 
 def _largest_profile(available, ir):
@@ -1329,9 +1331,13 @@ def load_cifar(name, data_dir) -> Data:
     with _fetching(cls.filename, data_dir):
         train = cls(data_dir, train=True, download=True)
         test = cls(data_dir, train=False, download=True)
-    labels = torch.tensor(train.targets)
-    test_labels = torch.tensor(test.targets)
-    return Data(_to_nchw(train.data), labels, _to_nchw(test.data), test_labels, train.classes)
+    return Data(
+        _to_nchw(train.data),
+        torch.tensor(train.targets),
+        _to_nchw(test.data),
+        torch.tensor(test.targets),
+        train.classes,
+    )
 
 
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -1404,30 +1410,25 @@ def _read_images(train, test, classes, size, cache) -> Data:
     """Decode the images of two {path: class}. The tensors are kept in the file `cache`, which is
     made again when an image is added, removed or changed."""
     pictures = train | test
-    key = _fingerprint(pictures)
+    rows = []
+    for path, name in pictures.items():
+        with blaming(f"{path} is gone: restore it, remove its link, or unpack it again", OSError):
+            stat = os.stat(path)
+        rows.append((path, name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    key = zlib.crc32(repr(rows).encode())
     with suppress(UserError, LookupError, TypeError):  # a missing or broken cache is made again
         saved = read_checkpoint(cache)
         if saved["key"] == key:
             return Data(**saved["data"])
     with ThreadPoolExecutor() as pool:
-        pixels = list(pool.map(_decode, pictures, itertools.repeat(size)))
-    images = _to_nchw(np.stack(pixels))
+        pixels = pool.map(_decode, pictures, itertools.repeat(size))
+        images = _to_nchw(np.stack(list(pixels)))
     labels = torch.tensor([classes.index(name) for name in pictures.values()])
     n = len(train)
     data = Data(images[:n], labels[:n], images[n:], labels[n:], classes)
     with suppress(UserError):  # data on a read-only drive: no cache
         write_atomic(cache, dict(key=key, data=vars(data)))
     return data
-
-
-def _fingerprint(pictures):
-    """Checksum of the paths, classes, sizes, and times to the nanosecond."""
-    rows = []
-    for path, name in pictures.items():
-        with blaming(f"{path} is gone: restore it, remove its link, or unpack it again", OSError):
-            stat = os.stat(path)
-        rows.append((path, name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    return zlib.crc32(repr(rows).encode())
 
 
 def _decode(path, size):
@@ -1437,8 +1438,10 @@ def _decode(path, size):
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
         if image.mode in ("I", "F"):
-            remedy = "save it with 8 bits, or as a 16-bit PNG"
-            raise UserError(f"{path} is of Pillow's mode {image.mode}, of unknown range: {remedy}")
+            raise UserError(
+                f"{path} is of Pillow's mode {image.mode}, of unknown range: "
+                "save it with 8 bits, or as a 16-bit PNG"
+            )
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.has_transparency_data:
@@ -1459,24 +1462,24 @@ def make_synthetic(train_per_class=160, test_per_class=25, size=32) -> Data:
     yy, xx = np.mgrid[:size, :size]
     c = np.arange(10)[:, None, None]  # the classes; [N,1,1] broadcasts over the pixels
     angles = np.pi * (c % 5 + 0.5) / 10  # within a quadrant: a flip must not change the class
-    coarse = np.where(c < 5, 14.0, 7.5)  # wavelengths in pixels
-    fine = np.where(c < 5, 3.0, 2.4)
+    along = xx * np.cos(angles) + yy * np.sin(angles)
+    coarse = 2 * np.pi / np.where(c < 5, 14.0, 7.5) * along  # phases; wavelengths in pixels
+    fine = 2 * np.pi / np.where(c < 5, 3.0, 2.4) * along[::-1]
     tint = np.abs(rng.normal(size=(10, 3, 1, 1))).clip(0.3)
     tint /= tint.mean(1, keepdims=True)
 
-    def gratings(labels, wavelengths, angles):  # [N,1,size,size] in [-1,1]
-        phase = rng.uniform(0, 2 * np.pi, (len(labels), 1, 1))
-        along = xx * np.cos(angles[labels]) + yy * np.sin(angles[labels])
-        return np.sin(2 * np.pi / wavelengths[labels] * along + phase)[:, None]
+    def gratings(phases):  # [N,1,size,size] in [-1,1]
+        shift = rng.uniform(0, 2 * np.pi, (len(phases), 1, 1))
+        return np.sin(phases + shift)[:, None]
 
     def draw(per_class):  # images uint8 [N,3,size,size], labels
         labels = np.repeat(np.arange(10), per_class)
-        images = 0.5 + 0.13 * gratings(labels, coarse, angles) * tint[labels]
+        images = 0.5 + 0.13 * gratings(coarse[labels]) * tint[labels]
         for _ in range(2):
             other = rng.integers(0, 10, len(labels))
             strength = rng.uniform(0, 0.13, (len(labels), 1, 1, 1))
-            images += strength * gratings(other, coarse, angles) * tint[other]
-        images += 5 / 255 * gratings(labels, fine, angles[::-1])
+            images += strength * gratings(coarse[other]) * tint[other]
+        images += 5 / 255 * gratings(fine[labels])
         images += rng.normal(0, 0.06, images.shape)
         pixels = np.rint(images.clip(0, 1) * 255).astype(np.uint8)
         return torch.from_numpy(pixels), torch.from_numpy(labels)
@@ -1488,8 +1491,8 @@ def make_synthetic(train_per_class=160, test_per_class=25, size=32) -> Data:
 # 7  Models ========================================================================================
 # Parameter names are those of the public CIFAR checkpoints. `folds` lists a module's pairs of a
 # convolution and the batch norm of its output alone: a FrozenCopy folds those.
-def _conv(cin, cout, side, stride=1):
-    return nn.Conv2d(cin, cout, side, stride, side // 2, bias=False)
+conv1x1 = partial(nn.Conv2d, kernel_size=1, bias=False)
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 
 
 class BasicBlock(nn.Module):
@@ -1499,14 +1502,13 @@ class BasicBlock(nn.Module):
 
     def __init__(self, cin, cout, stride):
         super().__init__()
-        self.conv1 = _conv(cin, cout, 3, stride)
+        self.conv1 = conv3x3(cin, cout, stride=stride)
         self.bn1 = nn.BatchNorm2d(cout)
-        self.conv2 = _conv(cout, cout, 3)
+        self.conv2 = conv3x3(cout, cout)
         self.bn2 = nn.BatchNorm2d(cout)
         self.shortcut = nn.Sequential()
         if stride != 1 or cin != cout:
-            self.shortcut.append(_conv(cin, cout, 1, stride))
-            self.shortcut.append(nn.BatchNorm2d(cout))
+            self.shortcut = nn.Sequential(conv1x1(cin, cout, stride=stride), nn.BatchNorm2d(cout))
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -1519,37 +1521,30 @@ class PreActBlock(nn.Module):
     the shortcut is a bare 1x1 convolution of the activated input."""
 
     folds = (("conv1", "bn2"),)
+    projection = "shortcut.0"  # name of that convolution
 
     def __init__(self, cin, cout, stride):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(cin)
-        self.conv1 = _conv(cin, cout, 3, stride)
+        self.conv1 = conv3x3(cin, cout, stride=stride)
         self.bn2 = nn.BatchNorm2d(cout)
-        self.conv2 = _conv(cout, cout, 3)
+        self.conv2 = conv3x3(cout, cout)
         self.projects = stride != 1 or cin != cout
         if self.projects:
-            self.add_projection(_conv(cin, cout, 1, stride))
-
-    def add_projection(self, conv):
-        self.shortcut = nn.Sequential(conv)
-
-    def project(self, out):
-        return self.shortcut(out)
+            self.shortcut = nn.Sequential()
+            self.set_submodule(self.projection, conv1x1(cin, cout, stride=stride))
 
     def forward(self, x):
         out = F.relu(self.bn1(x))
-        shortcut = self.project(out) if self.projects else x
-        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+        if self.projects:
+            x = self.get_submodule(self.projection)(out)
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + x
 
 
 class WideBlock(PreActBlock):
     """WRN's block (dropout 0): a pre-activation block whose projection has another name."""
 
-    def add_projection(self, conv):
-        self.convShortcut = conv
-
-    def project(self, out):
-        return self.convShortcut(out)
+    projection = "convShortcut"
 
 
 class CosineHead(nn.Linear):
@@ -1560,7 +1555,7 @@ class CosineHead(nn.Linear):
         super().__init__(width, num_classes, bias=False)
         self.offset = 1 / 32 if num_classes <= 10 else 1 / 16  # RoBal-R's two settings
         self.scale = 1.0
-        self.register_buffer("adjustment", torch.zeros(num_classes), persistent=False)
+        self.adjustment = 0.0
 
     def forward(self, features):
         weight = self.weight / (self.weight.norm(dim=1, keepdim=True) + self.offset)
@@ -1569,8 +1564,9 @@ class CosineHead(nn.Linear):
     def adjust(self, counts):
         """RoBal's post-hoc rule beyond 10 classes: 10 * scores - 1.7 ln(n_c/N)."""
         if len(counts) > 10:
+            n = self.weight.new_tensor(counts)
             self.scale = 10.0
-            self.adjustment.copy_(1.7 * (torch.tensor(counts) / sum(counts)).log())
+            self.adjustment = 1.7 * (n / n.sum()).log()
 
 
 class Normalize(nn.Module):
@@ -1580,8 +1576,7 @@ class Normalize(nn.Module):
         super().__init__()
         if min(std) <= 0:
             raise ValueError("a std is not positive")
-        mean_and_std = torch.tensor([mean, std]).view(2, 3, 1, 1)
-        self.register_buffer("mean_and_std", mean_and_std)
+        self.register_buffer("mean_and_std", torch.tensor([mean, std]).view(2, 3, 1, 1))
 
     def forward(self, x):
         mean, std = self.mean_and_std
@@ -1622,10 +1617,9 @@ ARCHS = {
 # fmt: on
 
 
-def build_model(arch, num_classes, head="linear", mean=None, std=None) -> nn.Module:
+def build_model(arch, num_classes, head="linear") -> nn.Module:
     """A freshly initialised Net of ARCHS, channels_last. num_classes >= 2; head: 'linear' or
-    'cosine' (RoBal); mean, std: three floats each, with which the Net normalises its input first,
-    or None. Draws from torch's global generator: seed it, or wrap the call in
+    'cosine' (RoBal). Draws from torch's global generator: seed it, or wrap the call in
     torch.random.fork_rng. ValueError for an unknown name."""
     if arch not in ARCHS or head not in HEADS or num_classes < 2:
         raise ValueError(
@@ -1635,22 +1629,25 @@ def build_model(arch, num_classes, head="linear", mean=None, std=None) -> nn.Mod
     block, blocks, widths, stage_name = ARCHS[arch]
     wide = issubclass(block, WideBlock)
     activates_last = issubclass(block, BasicBlock)
+    width = widths[0]
     net = Net()
-    if mean is not None:
-        net.normalize = Normalize(mean, std)
-    net.conv1 = _conv(3, widths[0], 3)
+    net.normalize = nn.Identity()  # load_net puts a Normalize there, where one is needed
+    net.conv1 = conv3x3(3, width)
     if activates_last:
-        net.bn1 = nn.BatchNorm2d(widths[0])
+        net.bn1 = nn.BatchNorm2d(width)
         net.relu = nn.ReLU(inplace=True)
         net.folds = (("conv1", "bn1"),)
-    for i, depth in enumerate(blocks):
-        width = widths[i + 1]
-        stage = nn.Sequential(block(widths[i], width, 1 if i == 0 else 2))
-        for _ in range(depth - 1):
-            stage.append(block(width, width, 1))
+    stride = 1
+    for i, depth in enumerate(blocks, 1):
+        stage = nn.Sequential()
+        for _ in range(depth):
+            stage.append(block(width, widths[i], stride))
+            width = widths[i]
+            stride = 1
+        stride = 2  # of the next stage's first block
         if wide:
             stage = nn.Sequential(OrderedDict(layer=stage))
-        net.add_module(stage_name.format(i + 1), stage)
+        net.add_module(stage_name.format(i), stage)
     if not activates_last:
         net.add_module("bn1" if wide else "bn", nn.BatchNorm2d(width))
         net.relu = nn.ReLU()
@@ -1708,16 +1705,13 @@ def load_weights(model, path, classes=None):
     the outputs are wanted in; a checkpoint without names is taken to have them in alphabetical
     order. UserError where names or shapes do not fit, or weights are not finite."""
     content = weights = read_checkpoint(path)
-    own = {}
-    for name, tensor in model.state_dict().items():
-        if name.startswith("normalize."):  # theirs do not know of it
-            own[name] = tensor
-    wanted = "want one, bare or under 'state_dict', 'model' or 'net'"
-    with blaming(f"{path} holds no state_dict: {wanted}", (AttributeError, TypeError)):
+    own = model.normalize.state_dict(prefix="normalize.")  # theirs do not know of it
+    misses = f"{path} holds no state_dict: want one, bare or under 'state_dict', 'model' or 'net'"
+    with blaming(misses, (AttributeError, TypeError)):
         for key in ("state_dict", "model", "net"):
             weights = weights.get(key, weights)
         for name, tensor in weights.items():
-            name = name.replace("module.", "").replace("_orig_mod.", "")
+            name = re.sub(r"module\.|_orig_mod\.", "", name)
             if not tensor.isfinite().all():
                 raise UserError(f"{path} holds NaN or infinity, of a training that diverged")
             if not name.startswith("sub_block1"):
@@ -1790,12 +1784,12 @@ def targeted_dlr(logits, y, target):
     return gap / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
 
 
-def input_gradient(net, x, objective):
-    """(logits, objective of each row, its gradient at x); parameters get none."""
+def input_gradient(net, x, objective, *labels):
+    """(logits, objective(logits, *labels) of each row, its gradient at x); parameters get none."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = net(x)
-        values = objective(logits)
+        values = objective(logits, *labels)
         scale = GRADIENT_SCALE if getattr(net, "dtype", None) == torch.float16 else 1.0
         (gradient,) = torch.autograd.grad(values.sum() * scale, x)
     return logits.detach(), values.detach(), gradient / scale
@@ -1810,7 +1804,8 @@ class Points:
     """The points that an attack attacks together. What it asks about images is answered by the fast
     network for the points not yet fooled. An image in the ball that seems to fool, or misses by no
     more than twice the fast network's rounding, is judged by the exact network: what fools is kept
-    in `found`, and its point is left out from then on. AllFooled when none is left."""
+    in `found`, and its point is left out from then on. AllFooled when none is left. `low` and
+    `high` are the bounds of the images that the threat allows."""
 
     fast: nn.Module
     exact: nn.Module
@@ -1821,8 +1816,9 @@ class Points:
     batch_size: int
 
     def __post_init__(self):
-        dtype = getattr(self.fast, "dtype", torch.float32)
-        self.slack = 2 * torch.finfo(dtype).eps
+        self.slack = 2 * torch.finfo(getattr(self.fast, "dtype", torch.float32)).eps
+        self.low = (self.x - self.eps).clamp(min=0)
+        self.high = (self.x + self.eps).clamp(max=1)
         self.found = self.x.clone()
         self.left = torch.ones_like(self.y, dtype=torch.bool)
 
@@ -1831,9 +1827,7 @@ class Points:
         fooled."""
         rows = self._padded(self.left.nonzero()[:, 0])
         logits, values, slopes = input_gradient(
-            self.fast,
-            images[rows],
-            lambda logits: objective(logits, self.y[rows], self.target[rows]),
+            self.fast, images[rows], objective, self.y[rows], self.target[rows]
         )
         self._judge(images, rows, logits)
         return self._whole(rows, values), self._whole(rows, slopes.nan_to_num(0, 0, 0))
@@ -1857,8 +1851,7 @@ class Points:
         """Rows repeated to one of a few batch sizes, where a new shape is dear: on CUDA or
         compiled. The least of batch_size, its half, its quarter, ... that holds them, 16 or
         more."""
-        compiled = getattr(self.fast, "compiled_sizes", ())
-        if not self.y.is_cuda and not compiled:
+        if not self.y.is_cuda and not getattr(self.fast, "compiled", {}):
             return rows
         size = self.batch_size
         while size // 2 >= max(len(rows), 16):
@@ -1883,17 +1876,9 @@ class Points:
             raise AllFooled
 
 
-def ball(points):
-    """The lowest and the highest images that the threat allows."""
-    low = (points.x - points.eps).clamp(min=0)
-    high = (points.x + points.eps).clamp(max=1)
-    return low, high
-
-
 def apgd(points, generator, iterations, objective):
     """Auto-PGD (Croce & Hein 2020, arXiv 2003.01690, Algorithm 1): ascent with momentum; at
     checkpoints a point's step may halve, and then it goes on from its best image."""
-    low, high = ball(points)
     noise = 2 * torch.rand(points.x[0].shape, generator=generator, dtype=points.x.dtype) - 1
     noise = (noise / noise.abs().max()).to(points.x.device)  # a pixel on the face of the ball
     z = (points.x + points.eps * noise).clamp(0, 1)
@@ -1906,12 +1891,13 @@ def apgd(points, generator, iterations, objective):
     halved = torch.ones_like(loss, dtype=torch.bool)  # none counts as stuck at the first check
     interval = max(int(0.22 * iterations), 1)
     check = interval
+    momentum = 1.0  # nothing goes before the first step
     for k in range(1, iterations + 1):
-        aim = (z + step_size * gradient.sign()).clamp(low, high)
-        momentum = 0.75 if k > 1 else 1.0
+        aim = (z + step_size * gradient.sign()).clamp(points.low, points.high)
         moved = z + momentum * (aim - z) + (1 - momentum) * (z - previous)
+        momentum = 0.75
         previous = z
-        z = moved.clamp(low, high)
+        z = moved.clamp(points.low, points.high)
         last_loss = loss
         loss, gradient = points.gradient(z, objective)
         rises += loss > last_loss
@@ -1980,32 +1966,27 @@ def fab(points, generator, iterations):
         z = torch.where(crossed, x + 0.9 * (z - x), z)
 
 
-def square_side(query, height, width):
-    """Side of the square at a query: its area starts at 0.8 of the image and halves on schedule."""
-    halvings = sum(query > after for after in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
-    side = round(math.sqrt(0.8 * height * width / 2**halvings))
-    return min(max(side, 1), height, width)
-
-
 def square(points, generator, queries):
     """Square attack (Andriushchenko et al. 2020, arXiv 1912.00049): random search without
     gradients. Vertical stripes first; then one square of the best image takes new colours, each
     channel one of its two bounds."""
-    low, high = ball(points)
     channels, height, width = points.x.shape[1:]
-    device = points.x.device
 
-    def coin(*shape):
-        return torch.randint(2, shape, generator=generator).bool().to(device)
+    def low_or_high(*shape):
+        coin = torch.randint(2, shape, generator=generator).bool().to(points.x.device)
+        return torch.where(coin, points.low, points.high)
 
-    best = torch.where(coin(channels, 1, width), low, high)
+    best = low_or_high(channels, 1, width)
     best_margin = points.margin(best)
     for query in range(1, queries):
-        side = square_side(query, height, width)
+        # its area starts at 0.8 of the image and is halved after these queries
+        halvings = sum(query > after for after in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
+        side = round(math.sqrt(0.8 * height * width / 2**halvings))
+        side = min(max(side, 1), height, width)
         # up to length - side - 1, as in the official code, which leaves out the last row and column
         top = int(torch.randint(max(height - side, 1), (), generator=generator))
         left = int(torch.randint(max(width - side, 1), (), generator=generator))
-        colour = torch.where(coin(channels, 1, 1), low, high)
+        colour = low_or_high(channels, 1, 1)
         z = best.clone()
         window = (..., slice(top, top + side), slice(left, left + side))
         z[window] = colour[window]  # where all pixels lie on bounds: +-2 eps, then projected
@@ -2038,7 +2019,7 @@ def warn_of_odd_models(net, x, y, gradients):
     if (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-4:
         warn("the outputs are probabilities: return logits, softmax's gradients vanish")
     if gradients:
-        slopes = input_gradient(net, x, lambda logits: margin(logits, y))[2]
+        slopes = input_gradient(net, x, margin, y)[2]
         blind = (slopes == 0).flatten(1).all(1).sum()
         if blind > 0.1 * len(x):
             warn(f"{blind} of {len(x)} images have a zero input gradient: APGD is blind")
@@ -2185,7 +2166,7 @@ def usable_nets(nets, x, y):
     float16."""
     fast, exact = nets
     if fast is not exact:
-        gradient = input_gradient(fast, x, lambda logits: margin(logits, y))[2]
+        gradient = input_gradient(fast, x, margin, y)[2]
         if not gradient.isfinite().all():
             warnings.warn("this network overflows float16: float32 attacks it", stacklevel=3)
             return exact, exact
@@ -2221,10 +2202,9 @@ def evaluate(
         inputs = (to_float(images_u8[part]) for part in parts)
         if name == "aa" and parts:
             mine = torch.cat(parts)
-            x = to_float(images_u8[mine])
             x_adv = autoattack(
                 model,
-                x,
+                to_float(images_u8[mine]),
                 labels[mine],
                 eps=eps,
                 seed=seed,
@@ -2269,7 +2249,7 @@ def save_examples(path, net, images_u8, labels, count, log, *, seed=0, **threat)
     x = to_float(images_u8[index])
     noise = random_stream(x.device, seed, "examples")
     x_adv = pgd_attack(net, x, labels[index], generator=noise, **threat)
-    difference = (0.5 + 10 * (x_adv - x)).clamp(0, 1)
+    difference = 0.5 + 10 * (x_adv - x)  # saving clips it
     triples = torch.stack([x, x_adv, difference], 1).flatten(0, 1)
     with writing(path):
         torchvision.utils.save_image(triples, path, nrow=12)
@@ -2281,11 +2261,13 @@ def save_examples(path, net, images_u8, labels, count, log, *, seed=0, **threat)
 # 10  Runs and report ==============================================================================
 # A run's folder: config.json, log.txt, teacher.pt, best.pt, last.pt, state.pt, results.json,
 # report.md; aa-*.pt while AutoAttack is under way. One process at a time holds it.
+@contextmanager
 def writing(path):
-    """Around a write: one line for what cannot be written."""
-    return blaming(
-        f"cannot write {path}: check path, rights and free space, or try another --out", OSError
-    )
+    """Around a write: the folder of `path` is made; one line for what cannot be written."""
+    remedy = "check path, rights and free space, or try another --out"
+    with blaming(f"cannot write {path}: {remedy}", OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
 
 
 def write_atomic(path, content, rank=0):
@@ -2299,9 +2281,8 @@ def write_atomic(path, content, rank=0):
     else:
         torch.save(content, data)  # not to the file: torch would hide why a write has failed
     # always one name: what a killed process leaves is reused
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = f"{path}.tmp"
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data.getbuffer())
             file.flush()
@@ -2320,20 +2301,20 @@ def read_json(path) -> dict:
         return {}
     remedy = "is damaged: restore it, or remove the folder and start afresh"
     with blaming(f"{path} {remedy}", (OSError, ValueError, TypeError)):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_bytes()))
 
 
 @contextmanager
 def hold_folder(path):
     """Hold a run's folder; a second process waits here. Gives log(line): to log.txt and, on rank 0,
     to the screen."""
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-        name = os.devnull if RANK else path / "log.txt"
+    log_path = path / "log.txt"
+    with writing(log_path):
+        name = os.devnull if RANK else log_path
         file = open(name, "ab", buffering=0)  # nothing is left to write when it is closed
 
     def log(line):
-        with writing(path / "log.txt"):
+        with writing(log_path):
             file.write(f"{line}\n".encode(errors="replace"))
         say(line)
 
@@ -2382,8 +2363,9 @@ def environment(cfg) -> dict:
 def open_run(cfg, data, path, log):
     """Write config.json, or compare with the one that is there: UserError where the training
     images differ. (Other Settings have another folder.)"""
+    file = path / "config.json"
+    known = read_json(file)
     images = _crc32(data.train_images, data.train_labels)
-    known = read_json(path / "config.json")
     if known.get("images", images) != images:
         raise UserError(f"{path} holds a run of other training images: choose another --out")
     machine = environment(cfg)
@@ -2392,7 +2374,6 @@ def open_run(cfg, data, path, log):
     if before != WORLD:
         log(f"going on with {WORLD} processes, begun with {before}")
     classes = dict(names=data.classes, counts=data.counts, tail=data.tail)
-    file = path / "config.json"
     write_json(file, config=asdict(cfg), images=images, environment=machine, classes=classes)
 
 
@@ -2414,6 +2395,7 @@ def load_state(path, trainer, log) -> dict:
         state = read_checkpoint(file)
         trainer.model.load_state_dict(state.pop("model"))
         trainer.optimizer.load_state_dict(state.pop("optimizer"))
+        trainer.predicted = state.pop("predicted").to(trainer.cfg.device)
         log(f"{trainer.cfg.role}: going on after epoch {state['epoch']}")
     return state
 
@@ -2421,18 +2403,18 @@ def load_state(path, trainer, log) -> dict:
 def load_net(cfg, data, path):
     """(model, epoch, (fast, exact)) of a checkpoint file of this Config's method, on its device.
     --mean and --std hold where cfg.checkpoint says that the network is not one of ours."""
-    mean = std = None
-    wanted = f"--mean {cfg.mean} --std {cfg.std}: want both, three numbers each"
-    with blaming(wanted, (ValueError, AttributeError, RuntimeError)):
-        if cfg.checkpoint and (cfg.mean or cfg.std):
+    model = build_model(cfg.arch, len(data.classes), METHODS[cfg.method].head)
+    if cfg.checkpoint and (cfg.mean or cfg.std):
+        wanted = f"--mean {cfg.mean} --std {cfg.std}: want both, three numbers each"
+        with blaming(wanted, (ValueError, AttributeError, RuntimeError)):
             mean = list(map(float, cfg.mean.split(",")))
             std = list(map(float, cfg.std.split(",")))
-        head = METHODS[cfg.method].head
-        model = build_model(cfg.arch, len(data.classes), head, mean, std)
+            model.normalize = Normalize(mean, std)
     epoch = load_weights(model, path, data.classes)
     model.to(cfg.device)
-    uniform = [1] * len(data.classes)
-    counts = uniform if cfg.role == "teacher" else data.counts  # what it was trained on
+    counts = data.counts
+    if cfg.role == "teacher":  # it was trained on D_B
+        counts = [1] * len(counts)
     return model, epoch, scoring_nets(model, cfg, counts)
 
 
@@ -2466,11 +2448,10 @@ def evaluate_checkpoint(cfg, data, path, log, name, file):
         save_examples(grid, nets[1], images, labels, cfg.examples, log, **threat)
     about = dict(weights=weights_crc32(model), test_images=_crc32(images, labels)) | threat_of(cfg)
     records = gather(read_json(path / "results.json"))[0].get("evaluations", [])
-    record = {}
+    record = dict(checkpoint=name, epoch=epoch) | about
     for other in records:  # by other attacks, or of best where this is last
         if about.items() <= other.items():
-            record |= other
-    record |= dict(checkpoint=name, epoch=epoch) | about
+            record = other | record
     wanted = [attack for attack in cfg.attacks.split(",") if attack not in record]
     key = f"{about} {cfg.amp} {RANK}/{WORLD}"
     saved = path / f"aa-{zlib.crc32(key.encode()):08x}.pt"
@@ -2602,8 +2583,12 @@ class RunGroup:
     def __init__(self, cfg, images, records):
         self.cfg = cfg
         # what makes it another
-        self.own = identity(cfg) | dict(seed=None, images=images, eval_eps=cfg.eval_eps)
-        self.own["test_images"] = records[-1].get("test_images")
+        self.own = identity(cfg) | dict(
+            seed=None,
+            images=images,
+            eval_eps=cfg.eval_eps,
+            test_images=records[-1].get("test_images"),
+        )
         self.seeds = [cfg.seed]
         self.records = records  # of all its runs, from results.json
         ratio = "own counts" if cfg.ir is None else f"IR {cfg.ir:g}"
@@ -2673,11 +2658,10 @@ def markdown(rows) -> str:
     """Rows of cells, the first of them headings -> an aligned table; two columns of text, then
     numbers."""
     numbers = len(rows[0]) - 2
-    sides = "<<" + ">" * numbers
     rule = ["---", "---"] + ["---:"] * numbers
     rows = rows[:1] + [rule] + rows[1:]
     line = "|"
-    for column, side in zip(zip(*rows), sides):
+    for column, side in zip(zip(*rows), "<<" + ">" * numbers):
         width = max(map(len, column))
         line += f" {{:{side}{width}}} |"
     return "\n".join(line.format(*row) for row in rows)
@@ -2694,16 +2678,16 @@ def rows_of_group(group, checkpoint, columns):
     epochs = sorted(set(group.values("epoch", checkpoint)))
     if epochs:
         label += f" (epoch {', '.join(map(str, epochs))})"
-    seeds = ",".join(map(str, group.seeds))
-    name = f"{group.label()} seed {seeds}"
+    name = f"{group.label()} seed {','.join(map(str, group.seeds))}"
     if checkpoint not in CHECKPOINTS:  # of --checkpoint, whose training is not known
         name = f"{group.cfg.data} {group.cfg.arch}"
     ours = [name, label]
     theirs = ["", "paper"]
     gaps = ["", "gap"]
     paper = paper_row(group.cfg, checkpoint)
-    for column, mean in zip(columns, group.means(columns, checkpoint)):
+    for column in columns:
         values = group.values(column, checkpoint)
+        mean = np.mean(values or math.nan)
         cell = shown(mean)
         if len(values) > 1:
             cell += f" ± {np.std(values, ddof=1):.2f}"
@@ -2742,9 +2726,9 @@ def table(groups) -> str:
 REPORT_MARK = "<!-- ltsd.py writes this file anew with every report -->"
 
 
-def report(paths, cfg, folder):
-    """One table over run folders, printed and written to folder/report.md, and the figures; folders
-    that cannot be shown are listed below it. UserError where none can be shown."""
+def report(paths, cfg, folder) -> list:
+    """One table over run folders, printed and written to folder/report.md; folders that cannot be
+    shown are listed below it. Returns its RunGroups. UserError where none can be shown."""
     runs = []
     notes = []
     for path in dict.fromkeys(paths):
@@ -2753,7 +2737,7 @@ def report(paths, cfg, folder):
         except UserError as error:
             notes.append(f"Left out: {error}.")
     if not runs:
-        raise UserError(" ".join(notes) or "name runs, as in --stage report 'runs/*'")
+        raise UserError(" ".join(notes))
     groups = group_runs(runs)
     text = "\n\n".join([table(groups)] + notes)
     say(f"\n{text}\n")
@@ -2763,8 +2747,7 @@ def report(paths, cfg, folder):
     else:
         write_atomic(file, f"{REPORT_MARK}\n{text}\n")
         say(f"report {file}")
-    if cfg.figures and RANK == 0:
-        report_figures(groups, cfg.figures)
+    return groups
 
 
 def save_figure(folder, name, title, draw, panels):
@@ -2782,7 +2765,6 @@ def save_figure(folder, name, title, draw, panels):
     )
     path = Path(folder, name)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     say(f"figure {path}")
 
@@ -2829,9 +2811,9 @@ def draw_sweep(families, key, ax, columns):
     for i, family in enumerate(families):
         label = family[0].label(key)
         values = [group.own[key] for group in family]
-        means = np.transpose([group.means(columns) for group in family])
-        for column, line, dash in zip(columns, means, ("--", "-")):
-            ax.plot(values, line, look(i) + dash, label=f"{label}, {COLUMNS[column]}")
+        for column, dash in zip(columns, ("--", "-")):
+            means = [group.means([column]) for group in family]
+            ax.plot(values, means, look(i) + dash, label=f"{label}, {COLUMNS[column]}")
     ax.set_xlabel(key)
     ax.set_ylabel(f"{COLUMNS[columns[0]]} and {COLUMNS[columns[1]]} accuracy (%)")
     if key == "ir":
@@ -2926,8 +2908,7 @@ def theory() -> str:
 def draw_boundaries(ax, r):
     """500 points of eq. (2), each class with its share, and the optimal boundaries x1 + x2 =
     -sqrt(2) b."""
-    generator = torch.Generator().manual_seed(r)
-    x = torch.randn(500, 2, generator=generator)
+    x = np.random.default_rng(r).normal(size=(500, 2))
     heads = round(500 * r / (r + 1))
     x[:heads] += 1
     x[heads:] -= 1
@@ -2996,10 +2977,9 @@ def bench_core(cfg, batch, rounds):
     steps = {}
     for lever, its_cfg in levers.items():
         model = build_model("resnet18", 100).to(cfg.device)
-        teacher, _ = scoring_nets(model, its_cfg)
-        trainer = Trainer(its_cfg, model, long_tail_counts(500, 100, 10), teacher)
+        trainer = Trainer(its_cfg, model, [1] * 100, scoring_nets(model, its_cfg)[0])
         x = torch.rand(batch, 3, 32, 32, device=cfg.device).to(memory_format=torch.channels_last)
-        attacks[lever] = partial(trainer.attack, x, y, None, torch.Generator(cfg.device))
+        attacks[lever] = partial(trainer.attack, x, y, None)
         if lever == "plain":
             model.to(memory_format=torch.contiguous_format)
             x = x.contiguous()
@@ -3143,8 +3123,7 @@ def make_parser():
         if f.default is not None:
             help += f" (default {f.default})"
         words = ",".join(choices_of(f)) or f.type.__name__.upper()
-        read = partial(_read, f)
-        parser.add_argument(flag, type=read, metavar=words, help=help)
+        parser.add_argument(flag, type=partial(_read, f), metavar=words, help=help)
     return parser
 
 
@@ -3279,8 +3258,8 @@ def best_precision(device) -> str:
         if capability >= (8, 0):
             return "bf16"
         return "fp16" if capability >= (7, 0) else "off"
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return "bf16" if any(getattr(torch.cpu, probe, bool)() for probe in probes) else "off"
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # CPUs with AMX have it, too
+    return "bf16" if supported() else "off"
 
 
 def tune_process(cfg):
@@ -3381,15 +3360,17 @@ def work_in_folder(cfg, data):
             with_fallback(train, cfg, data, path, log)
         if cfg.stage in ("eval", "all"):
             evaluate_run(cfg, data, path, log)
-            report([path], replace(cfg, figures=None), path)
+            report([path], cfg, path)
 
 
 def run_folders(patterns) -> list:
     """Folders that names and globs stand for; a teacher's own run is shown in those that use it."""
     folders = []
     for pattern in patterns:
-        found = sorted(glob.glob(os.path.join(pattern, ""))) or [pattern]
-        folders += [path for path in map(Path, found) if path.name.split("-")[2:3] != ["teacher"]]
+        found = sorted(glob.glob(f"{pattern}/")) or [pattern]
+        folders += [path for path in map(Path, found) if not path.match("*-*-teacher-*-seed*")]
+    if not folders:
+        raise UserError("name runs, as in --stage report 'runs/*'")
     return folders
 
 
@@ -3409,17 +3390,19 @@ def run_stages(configs):
     elif cfg.stage == "bench":
         tune_process(cfg)
         stage_bench(resolve(vars(cfg)))
-    elif cfg.runs:
-        folders = run_folders(cfg.runs)
-        report(folders, cfg, folders[0].parent if folders else Path())
     else:
         if cfg.stage != "report":
             for one in configs:
                 run_one(one)
             cfg = replace(cfg, eval_eps=None)  # each run's own
+        folders = [run_path(one) for one in configs]
+        if cfg.runs:
+            folders = run_folders(cfg.runs)
         several = len(configs) > 1 or cfg.figures
         if cfg.stage == "report" or (several and cfg.stage in ("eval", "all")):
-            report([run_path(one) for one in configs], cfg, Path(cfg.out))
+            groups = report(folders, cfg, folders[0].parent)
+            if cfg.figures and RANK == 0:
+                report_figures(groups, cfg.figures)
 
 
 def join_group():

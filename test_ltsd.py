@@ -747,8 +747,9 @@ STD = (0.2471, 0.2435, 0.2616)
 def test_a_network_for_normalised_inputs_takes_images_as_they_are(arch):
     torch.manual_seed(0)
     theirs = lived_in(ltsd.build_model(arch, 10))
-    ours = ltsd.build_model(arch, 10, mean=MEAN, std=STD).eval()
-    ours.load_state_dict(theirs.state_dict(), strict=False)
+    ours = ltsd.build_model(arch, 10).eval()
+    ours.load_state_dict(theirs.state_dict())
+    ours.normalize = ltsd.Normalize(MEAN, STD)
     x = torch.rand(8, 3, 32, 32)
     with torch.no_grad():
         want = theirs(v2.functional.normalize(x, MEAN, STD))
@@ -1892,7 +1893,7 @@ def test_the_fast_attack_is_as_strong_as_the_plain_one(trained, method):
         dtype = torch.bfloat16
     plain = nn.Sequential(model)  # a foreign module: not folded, in float32
     fast = ltsd.FrozenCopy(model, dtype)
-    aux = row.aux(plain, x, COUNTS, COUNTS)
+    aux = row.aux(ltsd.FrozenCopy(model), x, COUNTS, COUNTS)
     clean_hits = (model(x).argmax(1) == y).sum().item()
     plain_value, plain_hits = attack_and_score(plain, model, row, x, y, aux)
     fast_value, fast_hits = attack_and_score(fast, model, row, x, y, aux)
@@ -2061,7 +2062,8 @@ def test_apgd_halves_its_step_and_returns_to_the_best_at_the_papers_checkpoints(
         seen.append(images)
         return torch.zeros(2, 1, 1, 1), torch.ones_like(images)
 
-    points = SimpleNamespace(x=torch.full((2, 3, 4, 4), 0.5), eps=0.1, gradient=gradient)
+    x = torch.full((2, 3, 4, 4), 0.5)
+    points = SimpleNamespace(x=x, eps=0.1, low=x - 0.1, high=x + 0.1, gradient=gradient)
     ltsd.apgd(points, torch.Generator(), iterations=100, objective=None)
     step_size = 0.2
     momentum = 1.0
@@ -2191,7 +2193,7 @@ def test_a_compiled_network_gets_batches_of_few_sizes(foreign):
     x = x.double()
     net = copy.deepcopy(foreign).double()
     compiled = nn.Sequential(net)
-    compiled.compiled_sizes = (32,)
+    compiled.compiled = {32: net}
     sizes = set()
     compiled.register_forward_pre_hook(lambda module, given: sizes.add(len(given[0])))
     options = QUICK | dict(batch_size=32)
@@ -3418,7 +3420,7 @@ def graph_double(fault="", part=""):
 
 def speed_up_on_cpu(frozen, *sizes):
     """The double of FrozenCopy.speed_up: graphs as on CUDA, no compiler."""
-    frozen.compiled_sizes = sizes
+    frozen.compiled = dict.fromkeys(sizes, frozen.net)
     frozen.graphs = {}
     return frozen
 
@@ -3609,7 +3611,7 @@ def test_torch_compile_gives_the_attack_and_the_step_of_the_plain_path(monkeypat
             model = ltsd.build_model("tiny", 10)
         trainer = ltsd.Trainer(config_of(*words, "--compile", compile), model, [9] * 10)
         noise = torch.Generator().manual_seed(0)
-        x_adv = trainer.attack(x, y, None, noise)
+        x_adv = trainer.attack(x, y, noise)
         loss, _ = trainer.step(x, x_adv, y, 0.0, 0.1)
         found.append((x_adv, loss, ltsd.weights_of(model)))
     plain, compiled = found
@@ -3915,10 +3917,9 @@ def test_a_network_of_normalised_images_is_scored_with_mean_and_std(tmp_path, ca
     path = tmp_path / "theirs.pt"
     mean, std = [0.5, 0.4, 0.3], [0.1, 0.2, 0.3]
     torch.manual_seed(0)
-    theirs = ltsd.build_model("resnet8", 10, mean=mean, std=std)
-    public = theirs.state_dict()
-    del public["normalize.mean_and_std"]
-    torch.save(public, path)
+    theirs = ltsd.build_model("resnet8", 10)
+    torch.save(theirs.state_dict(), path)
+    theirs.normalize = ltsd.Normalize(mean, std)
     given = ["--mean", "0.5,0.4,0.3", "--std", "0.1,0.2,0.3"]
     words = ["--stage", "eval", "--method", "pgd-at", "--checkpoint", path]
     assert launch(tmp_path / "runs", *words) == 0
