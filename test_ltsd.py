@@ -1891,9 +1891,9 @@ def test_the_fast_attack_is_as_strong_as_the_plain_one(trained, method):
     dtype = torch.float32
     if row.low_precision:
         dtype = torch.bfloat16
-    plain = nn.Sequential(model)  # a foreign module: not folded, in float32
+    plain = ltsd.ForeignNet(model)  # not folded, in float32
     fast = ltsd.FrozenCopy(model, dtype)
-    aux = row.aux(ltsd.FrozenCopy(model), x, COUNTS, COUNTS)
+    aux = row.aux(plain, x, COUNTS, COUNTS)
     clean_hits = (model(x).argmax(1) == y).sum().item()
     plain_value, plain_hits = attack_and_score(plain, model, row, x, y, aux)
     fast_value, fast_hits = attack_and_score(fast, model, row, x, y, aux)
