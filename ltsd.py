@@ -29,7 +29,6 @@ import argparse
 import copy
 import ctypes
 import glob
-import importlib
 import io
 import itertools
 import json
@@ -96,6 +95,11 @@ def blaming(what, kinds):
         yield
     except kinds as error:
         raise UserError(f"{what} ({type(error).__name__}: {first_line(error)})") from error
+
+
+def floats(text) -> list:
+    """The numbers of a comma list."""
+    return list(map(float, text.split(",")))
 
 
 def say(text, end="\n", file=None):
@@ -315,7 +319,7 @@ def trades_loss(logits, logits_adv, y, beta=6.0) -> Tensor:
 
 def of_class(values, y):
     """values[i, y[i]] of every row i."""
-    return values.gather(1, y[:, None])[:, 0]
+    return values.gather(1, y[:, None]).flatten()
 
 
 def mart_loss(logits, logits_adv, y, beta=6.0) -> Tensor:
@@ -649,18 +653,17 @@ class FrozenCopy(nn.Module):
         self.graphs = None
         self.overflows = next(model.parameters()).new_zeros(())
         self.source = model.state_dict(keep_vars=True)
-        self.folded = []  # (name of a convolution, name of the batch norm of its output alone)
+        self.folded = {}  # {name of a convolution: name of the batch norm of its output alone}
         for name, module in self.net.named_modules():
+            if isinstance(module, nn.Conv2d):  # comes after the module that gives it a bias
+                module.to(dtype)
             prefix = f"{name}.".lstrip(".")
             for conv, norm in getattr(module, "folds", ()):
                 # a shortcut may be empty, a block from outside may have another norm
                 if f"{prefix}{norm}.running_var" in self.source:
-                    self.folded.append((prefix + conv, prefix + norm))
+                    self.folded[prefix + conv] = prefix + norm
                     module.get_submodule(conv).bias = module.get_submodule(norm).bias
                     module.set_submodule(norm, nn.Identity())
-        for module in self.net.modules():
-            if isinstance(module, nn.Conv2d):
-                module.to(dtype)
         self.targets = {}  # {dtype: {name: tensor}}: copying a mix would be slow
         for name, target in self.net.state_dict(keep_vars=True).items():
             self.targets.setdefault(target.dtype, {})[name] = target
@@ -672,7 +675,7 @@ class FrozenCopy(nn.Module):
         s, with s = weight / sqrt(var + eps), for all layers in a few multi-tensor operations."""
 
         def of_norms(kind):
-            return [self.source[f"{norm}.{kind}"] for _, norm in self.folded]
+            return [self.source[f"{norm}.{kind}"] for norm in self.folded.values()]
 
         values = dict(self.source)
         if self.folded:  # not so in a network whose blocks have no `folds`
@@ -680,7 +683,7 @@ class FrozenCopy(nn.Module):
             scales = torch._foreach_div(of_norms("weight"), torch._foreach_sqrt(variances))
             means = torch._foreach_mul(of_norms("running_mean"), scales)
             shifts = torch._foreach_sub(of_norms("bias"), means)
-            for (conv, _), scale, shift in zip(self.folded, scales, shifts):
+            for conv, scale, shift in zip(self.folded, scales, shifts):
                 values[f"{conv}.weight"] = values[f"{conv}.weight"] * scale.view(-1, 1, 1, 1)
                 values[f"{conv}.bias"] = shift
         for targets in self.targets.values():
@@ -938,7 +941,7 @@ class Trainer:
             limit = 0.3
 
         def norm(tensors):  # of all their numbers together, without the batches counted
-            return torch.cat([t.flatten() for t in tensors if t.is_floating_point()]).norm()
+            return nn.utils.get_total_norm([t for t in tensors if t.is_floating_point()])
 
         errors = torch._foreach_sub(got, wanted)
         for part in (slice(0, 1), slice(2, None)):  # the loss; the changes behind the logits
@@ -978,13 +981,7 @@ class Trainer:
         begun = self.cfg.momentum == 0 or len(self.optimizer.state) > 0
         if graphs is None or WORLD > 1 or not begun or len(x) != self.whole_batch:
             return self._eager_step(x, x_adv, y, alpha, lr)
-        inputs = [
-            x,
-            x_adv,
-            y,
-            torch.full((), alpha, device=x.device),
-            torch.full((), lr, device=x.device),
-        ]
+        inputs = [x, x_adv, y, x.new_full((), alpha), x.new_full((), lr)]
         return call_graphed(
             graphs, "step", self._eager_step, inputs, self.steps_differ, self.updated_tensors
         )
@@ -1048,8 +1045,8 @@ def train(cfg, data, path, log):
         f"{cfg.role}: {cfg.method} on {len(data.train_labels)} images, "
         f"{data.counts[0]} to {data.counts[-1]} a class"
     )
-    milestones = list(map(float, cfg.milestones.split(",")))
-    written = -math.inf
+    milestones = floats(cfg.milestones)
+    due = 0  # when to write state.pt
     for epoch in range(state["epoch"] + 1, cfg.epochs + 1):
         began = time.perf_counter()
         lr = lr_at(epoch, cfg.epochs, cfg.lr, milestones)
@@ -1064,9 +1061,9 @@ def train(cfg, data, path, log):
                 line += "  *"
                 state["best"] = score
                 save_model(path / "best.pt", cfg, data, model, epoch)
-                written = -math.inf  # write state.pt now: it knows of every best.pt
+                due = 0  # now: state.pt knows of every best.pt
         log(line)
-        if time.perf_counter() - written > 30:
+        if time.perf_counter() > due:
             state |= dict(
                 epoch=epoch,
                 model=model.state_dict(),
@@ -1074,7 +1071,7 @@ def train(cfg, data, path, log):
                 predicted=trainer.predicted,
             )
             write_atomic(path / "state.pt", state)
-            written = time.perf_counter()
+            due = time.perf_counter() + 30
     save_model(path / "last.pt", cfg, data, model, cfg.epochs)
     gather(None)  # it is there before another rank asks for it
 
@@ -1121,15 +1118,11 @@ def read_sums(trainer, sums, where):
     where float16 may be to blame."""
     sums = torch.cat([sums, trainer.frozen.overflows.view(1)])
     total, hits, overflows = np.sum(gather(sums.tolist()), axis=0)
-    finite = math.isfinite(total)  # a NaN stays in a sum
-    dtypes = (trainer.frozen.dtype, getattr(trainer.teacher, "dtype", None))
-    if torch.float16 in dtypes and (overflows or not finite):
+    if math.isfinite(total) and not overflows:  # a NaN stays in a sum
+        return total, hits
+    if torch.float16 in (trainer.frozen.dtype, getattr(trainer.teacher, "dtype", None)):
         raise OverflowError
-    if not finite:
-        raise UserError(
-            f"the loss was not finite ({where}): try a lower --lr; what was saved stays"
-        )
-    return total, hits
+    raise UserError(f"the loss was not finite ({where}): try a lower --lr; what was saved stays")
 
 
 def select(cfg, data, model):
@@ -1287,7 +1280,7 @@ def load_data(cfg) -> Data:
 
 def _largest_profile(available, ir):
     """The long-tail counts with the largest n_max that fit into `available` images per class."""
-    n_max = int(available[0])
+    n_max = available[0]
     while n_max * ir**-1.0 >= 1:
         counts = long_tail_counts(n_max, len(available), ir)
         if np.all(counts <= available):
@@ -1305,7 +1298,7 @@ def _limited(labels, limit):
     limit = limit or len(labels)
     rng = np.random.default_rng(0)
     chosen = []
-    for c in range(int(labels.max()) + 1):
+    for c in range(labels.max() + 1):
         members = np.flatnonzero(labels == c)
         share = max(1, len(members) * limit // len(labels))
         chosen.append(rng.permutation(members)[:share])
@@ -1400,7 +1393,7 @@ def load_folder(data_dir, size) -> Data:
             f"in both, two or more; unlike: {unlike[:3]}"
         )
     unread += unread_tests
-    if unread > 0:
+    if unread:
         say(f"--data-dir {data_dir}: {unread} files beside the images are of types not read here")
     classes = sorted(counts, key=counts.get, reverse=True)
     return _read_images(train, test, classes, size, root / f".ltsd-{size}.pt")
@@ -1551,11 +1544,12 @@ class CosineHead(nn.Linear):
     """RoBal's classifier: scale * <f/|f|, w_c/(|w_c| + offset)> - adjustment_c; while training,
     scale is 1 and adjustment 0."""
 
+    scale = 1.0
+    adjustment = 0.0
+
     def __init__(self, width, num_classes):
         super().__init__(width, num_classes, bias=False)
         self.offset = 1 / 32 if num_classes <= 10 else 1 / 16  # RoBal-R's two settings
-        self.scale = 1.0
-        self.adjustment = 0.0
 
     def forward(self, features):
         weight = self.weight / (self.weight.norm(dim=1, keepdim=True) + self.offset)
@@ -1792,7 +1786,7 @@ def input_gradient(net, x, objective, *labels):
         values = objective(logits, *labels)
         scale = GRADIENT_SCALE if getattr(net, "dtype", None) == torch.float16 else 1.0
         (gradient,) = torch.autograd.grad(values.sum() * scale, x)
-    return logits.detach(), values.detach(), gradient / scale
+    return logits, values, gradient / scale
 
 
 class AllFooled(Exception):
@@ -1816,16 +1810,15 @@ class Points:
     batch_size: int
 
     def __post_init__(self):
-        self.slack = 2 * torch.finfo(getattr(self.fast, "dtype", torch.float32)).eps
-        self.low = (self.x - self.eps).clamp(min=0)
-        self.high = (self.x + self.eps).clamp(max=1)
+        self.low = (self.x - self.eps).clamp_min(0)
+        self.high = (self.x + self.eps).clamp_max(1)
         self.found = self.x.clone()
         self.left = torch.ones_like(self.y, dtype=torch.bool)
 
     def gradient(self, images, objective):
         """(objective(logits, y, target), its gradient) at images [N,C,H,W]; zeros for the
         fooled."""
-        rows = self._padded(self.left.nonzero()[:, 0])
+        rows = self._padded(self.left.nonzero().flatten())
         logits, values, slopes = input_gradient(
             self.fast, images[rows], objective, self.y[rows], self.target[rows]
         )
@@ -1834,7 +1827,7 @@ class Points:
 
     def margin(self, images):
         """z_y - max of the others at images; zeros for the fooled."""
-        rows = self._padded(self.left.nonzero()[:, 0])
+        rows = self._padded(self.left.nonzero().flatten())
         logits = self.fast(images[rows])
         self._judge(images, rows, logits)
         return self._whole(rows, margin(logits, self.y[rows]))
@@ -1861,8 +1854,9 @@ class Points:
     def _judge(self, images, rows, logits):
         """Keep the images that fool, of these rows with these logits of the fast network; leave out
         their points."""
-        claimed = is_fooled(logits, self.y[rows], self.slack)
-        moved = (images[rows] - self.x[rows]).abs().flatten(1).amax(1)
+        slack = 2 * torch.finfo(getattr(self.fast, "dtype", torch.float32)).eps
+        claimed = is_fooled(logits, self.y[rows], slack)
+        moved = largest(images[rows] - self.x[rows]).flatten()
         claimed = rows[claimed & (moved <= self.eps + 1e-6)]
         if len(claimed):
             asked = self._padded(claimed)
@@ -1923,6 +1917,11 @@ def total(images):
     return images.sum((1, 2, 3), keepdim=True)
 
 
+def largest(images):
+    """The largest absolute value of each image, at least 1e-8, [N,1,1,1]."""
+    return images.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-8)
+
+
 def project_linf(t, w, gap):
     """Smallest d in the maximum norm with <w, d> = -gap and t + d in [0, 1]; else the corner
     closest to that. t, w [N,C,H,W]; gap [N,1,1,1]. Every coordinate moves by the same length, cut
@@ -1936,13 +1935,12 @@ def project_linf(t, w, gap):
     full = weight * room
     length = need / total(weight).clamp_min(1e-30)
     for _ in range(16):  # made-up heavy-tailed gradients took 14 at the most
-        free = (room > length).to(t.dtype)
-        taken = total(full * (1 - free))
+        free = room > length
+        taken = total(full * ~free)
         longer = (need - taken) / total(weight * free).clamp_min(1e-30)
-        before = length
-        length = torch.maximum(length, longer)
-        if length.is_cpu and torch.equal(length, before):  # a GPU would have to be waited for
+        if length.is_cpu and (longer <= length).all():  # a GPU would have to be waited for
             break
+        length = torch.maximum(length, longer)
     return -down.sign() * torch.minimum(length, room)
 
 
@@ -1956,9 +1954,9 @@ def fab(points, generator, iterations):
         gap, w = points.gradient(z, logit_gap)
         from_z = project_linf(z, w, gap)
         from_x = project_linf(x, w, gap + total(w * (x - z)))
-        near = from_z.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-8)
-        far = from_x.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-8)
-        alpha = (near / (near + far)).clamp(max=0.1)
+        near = largest(from_z)
+        far = largest(from_x)
+        alpha = (near / (near + far)).clamp_max(0.1)
         moved_z = z + 1.05 * from_z
         moved_x = x + 1.05 * from_x
         z = ((1 - alpha) * moved_z + alpha * moved_x).clamp(0, 1)
@@ -1980,7 +1978,7 @@ def square(points, generator, queries):
     best_margin = points.margin(best)
     for query in range(1, queries):
         # its area starts at 0.8 of the image and is halved after these queries
-        halvings = sum(query > after for after in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
+        halvings = np.searchsorted((10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000), query)
         side = round(math.sqrt(0.8 * height * width / 2**halvings))
         side = min(max(side, 1), height, width)
         # up to length - side - 1, as in the official code, which leaves out the last row and column
@@ -2106,7 +2104,7 @@ def run_attack(
     for nth, target in enumerate(targets.T, 1):
         if not left.any():
             break
-        for rows in left.nonzero()[:, 0].split(batch_size):
+        for rows in left.nonzero().flatten().split(batch_size):
             show_progress(f"{name}, target {nth}: {left.sum()} points robust")
             points = Points(*nets, x[rows], y[rows], target[rows], eps, batch_size)
             draws = random_stream("cpu", seed, "autoattack", AUTOATTACK.index(name), nth)
@@ -2115,7 +2113,7 @@ def run_attack(
             images[rows] = points.found
             left[rows] = points.left
     show_progress()
-    rows = (robust & ~left).nonzero()[:, 0]
+    rows = (robust & ~left).nonzero().flatten()
     return dict(rows=rows.cpu(), images=images[rows].cpu())
 
 
@@ -2165,12 +2163,10 @@ def usable_nets(nets, x, y):
     """(fast, exact), or with a warning exact twice where a batch overflows the fast one's
     float16."""
     fast, exact = nets
-    if fast is not exact:
-        gradient = input_gradient(fast, x, margin, y)[2]
-        if not gradient.isfinite().all():
-            warnings.warn("this network overflows float16: float32 attacks it", stacklevel=3)
-            return exact, exact
-    return nets
+    if fast is exact or input_gradient(fast, x, margin, y)[2].isfinite().all():
+        return nets
+    warnings.warn("this network overflows float16: float32 attacks it", stacklevel=3)
+    return exact, exact
 
 
 def evaluate(
@@ -2214,23 +2210,24 @@ def evaluate(
                 state=state,
             )
             inputs = x_adv.split(batch_size)
-        for number, (part, x) in enumerate(zip(parts, inputs)):
+        for part, x in zip(parts, inputs):
             y = labels[part]
             with eval_mode(nets[1]), torch.no_grad(), ieee_float32():
                 if name == "pgd":
-                    noise = random_stream(x.device, seed, "evaluation", number * WORLD + RANK)
+                    number = int(part[0]) // batch_size
+                    noise = random_stream(x.device, seed, "evaluation", number)
                     x = pgd_attack(
                         nets[0], x, y, eps=eps, step_size=step_size, steps=steps, generator=noise
                     )
                 logits = nets[1](x)
             correct[part] = (logits.argmax(1) == y) & ~logits.isnan().any(1)  # NaN is never right
-        right = torch.stack(gather(correct.cpu())).any(0).numpy()
+        right = sum(gather(correct.cpu())).numpy()  # one rank scores an image, the others say 0
         result |= accuracies(name, right, labels.cpu().numpy(), tail)
     return result
 
 
 def accuracies(name, right, labels, tail):
-    """bool [N] -> {name, tail_name, class_name: percent}."""
+    """0 or 1 [N] -> {name, tail_name, class_name: percent}."""
     counts = np.bincount(labels)
     per_class = 100 * np.bincount(labels, right) / counts.clip(1)
     of_tail = right[np.isin(labels, list(tail))]
@@ -2407,9 +2404,7 @@ def load_net(cfg, data, path):
     if cfg.checkpoint and (cfg.mean or cfg.std):
         wanted = f"--mean {cfg.mean} --std {cfg.std}: want both, three numbers each"
         with blaming(wanted, (ValueError, AttributeError, RuntimeError)):
-            mean = list(map(float, cfg.mean.split(",")))
-            std = list(map(float, cfg.std.split(",")))
-            model.normalize = Normalize(mean, std)
+            model.normalize = Normalize(floats(cfg.mean), floats(cfg.std))
     epoch = load_weights(model, path, data.classes)
     model.to(cfg.device)
     counts = data.counts
@@ -2599,7 +2594,8 @@ class RunGroup:
     def label(self, without=""):
         """Its name, but for what is said of one setting."""
         words = self.words | self.details
-        return " ".join(word for key, word in words.items() if key != without)
+        words.pop(without, None)
+        return " ".join(words.values())
 
     def values(self, column, checkpoint="best"):
         """The runs' values of a column, as far as they have it."""
@@ -2645,21 +2641,21 @@ def group_runs(runs) -> list:
         if known is not run:
             known.seeds += run.seeds
             known.records += run.records
-    for group in first.values():
-        for rival in first.values():
+    groups = list(first.values())
+    for group in groups:
+        for rival in groups:
             if rival.words == group.words:
                 for key, value in group.own.items():
                     if rival.own[key] != value:
                         group.details[key] = f"{key} {value}"
-    return list(first.values())
+    return groups
 
 
-def markdown(rows) -> str:
-    """Rows of cells, the first of them headings -> an aligned table; two columns of text, then
-    numbers."""
-    numbers = len(rows[0]) - 2
+def markdown(heads, rows) -> str:
+    """Headings and rows of cells -> an aligned table; two columns of text, then numbers."""
+    numbers = len(heads) - 2
     rule = ["---", "---"] + ["---:"] * numbers
-    rows = rows[:1] + [rule] + rows[1:]
+    rows = [heads, rule] + rows
     line = "|"
     for column, side in zip(zip(*rows), "<<" + ">" * numbers):
         width = max(map(len, column))
@@ -2709,8 +2705,9 @@ def table(groups) -> str:
     for group in groups:
         records += group.records
     columns = [name for name in COLUMNS if any(r.get(name) is not None for r in records)]
-    heads = [COLUMNS[name].replace("20", str(groups[0].cfg.eval_steps)) for name in columns]
-    rows = [["setting", "checkpoint", *heads]]
+    heads = ["setting", "checkpoint"]
+    heads += [COLUMNS[name].replace("20", str(groups[0].cfg.eval_steps)) for name in columns]
+    rows = []
     for group in groups:
         for checkpoint in dict.fromkeys(record["checkpoint"] for record in group.records):
             rows += rows_of_group(group, checkpoint, columns)
@@ -2720,7 +2717,7 @@ def table(groups) -> str:
         "best: highest PGD accuracy (natural: clean) after the first drop of the learning rate, "
         "chosen on the test set."
     )
-    return f"{markdown(rows)}\n\n{caption}"
+    return f"{markdown(heads, rows)}\n\n{caption}"
 
 
 REPORT_MARK = "<!-- ltsd.py writes this file anew with every report -->"
@@ -2824,13 +2821,15 @@ def sweep_families(groups, key):
     """Lists of RunGroups that differ in `key` alone, by its value, where there are several."""
     families = {}
     for group in sorted(groups, key=lambda group: group.own[key] or 0):
+        value = group.own[key]
+        if value is None:
+            continue
         rest = group.own | {key: None}
         if key == "ir":
             rest["images"] = None  # they follow the ratio, and so does the default gamma
-            if rest["gamma"] == max(1.0, (group.own["ir"] or 0) / 2):
+            if rest["gamma"] == max(1.0, value / 2):
                 rest["gamma"] = None
-        if group.own[key] is not None:
-            families.setdefault(json.dumps(rest), []).append(group)
+        families.setdefault(json.dumps(rest), []).append(group)
     return [family for family in families.values() if len(family) > 1]
 
 
@@ -2861,8 +2860,8 @@ def theorem1(n, eta, eps, r) -> dict:
     nat_rob, rob_std, rob_rob in [0, 1] (training, then std for clean and rob for attacked points),
     and the biases b_nat, b_rob (eq. 11, 16), which belong to w = (1, ..., 1) / sqrt(n). ValueError
     outside these ranges."""
-    possible = n % 1 == 0 and n >= 1 and 1 <= r < math.inf
-    if not possible or not 0 <= eps < eta < math.inf:
+    possible = n % 1 == 0 and n >= 1 and 1 <= r < math.inf and 0 <= eps < eta < math.inf
+    if not possible:
         raise ValueError(
             f"n {n}, eta {eta}, eps {eps}, r {r}: "
             "want whole n >= 1, 0 <= eps < eta and finite r >= 1"
@@ -2893,7 +2892,8 @@ TRAININGS = {"nat": "natural training", "rob": "adversarial training"}
 def theory() -> str:
     """Section 3 and appendix A as Markdown: tail errors in closed form by imbalance ratio;
     adversarial training leaves an attacked tail worse (Corollary 1)."""
-    rows = [["IR", "training", "bias", "clean", "attacked"]]
+    heads = ["IR", "training", "bias", "clean", "attacked"]
+    rows = []
     for r in (1, 2, 5, 10, 20, 50):
         result = theorem1(2, 1.0, 0.5, r)
         for key, name in TRAININGS.items():
@@ -2902,7 +2902,7 @@ def theory() -> str:
             attacked = f"{100 * result[key + '_rob']:.2f}"
             rows.append([str(r), name, bias, clean, attacked])
     caption = "Tail errors of eq. (2) in %, bias at |w| = 1, in closed form: n 2, eta 1, eps 0.5."
-    return f"{caption}\n\n{markdown(rows)}"
+    return f"{caption}\n\n{markdown(heads, rows)}"
 
 
 def draw_boundaries(ax, r):
@@ -2939,11 +2939,11 @@ def compare(part, batch, variants, rounds) -> list:
             seconds[name].append(time.perf_counter() - began)
     rows = []
     for name in variants:
-        row = dict(part=part, batch=batch, variant=name)
-        row["images_per_s"] = batch / float(np.median(seconds[name][1:]))
-        rows.append(row)
-        row["ratio"] = row["images_per_s"] / rows[0]["images_per_s"]
-        say("{:13} batch {:<4} {:26} {:12.1f} images/s  x {:.2f}".format(*row.values()))
+        speed = batch / np.median(seconds[name][1:])
+        rows.append(dict(part=part, batch=batch, variant=name, images_per_s=speed))
+        ratio = speed / rows[0]["images_per_s"]
+        rows[-1]["ratio"] = ratio
+        say(f"{part:13} batch {batch:<4} {name:26} {speed:12.1f} images/s  x {ratio:.2f}")
     return rows
 
 
@@ -3054,7 +3054,6 @@ def stage_bench(cfg):
 
 # 13  Command line =================================================================================
 METHOD_SETTINGS = set(Method.uses)  # by default a method uses all that there are
-ATTACK_SETTINGS = {"eps", "step_size", "steps"}
 TEACHER_SETTINGS = {
     "gamma", "teacher_method", "teacher_data", "teacher_epochs", "teacher_batch_size",
 }  # fmt: skip
@@ -3065,15 +3064,9 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def choices_of(f):
-    """The words that a flag can have, empty for any; rows added to METHODS and ARCHS count, too."""
-    return {"method": METHODS, "arch": ARCHS, "data": DATASETS}.get(f.name, f.metadata["choices"])
-
-
-def _read(f, text):
-    """A flag's text -> the list of its values; argparse puts the flag's name before what is
-    wrong."""
-    choices = choices_of(f)
+def _read(f, choices, text):
+    """A flag's text -> the list of its values, where there are choices each one of them; argparse
+    puts the flag's name before what is wrong."""
     low = f.metadata["low"]
     wanted = f"{f.metadata['help']}: {f.type.__name__} from {low:g}"
     if f.type is str:
@@ -3106,24 +3099,27 @@ def make_parser():
         "ltsd.py",
         "ltsd.py [options] [RUN ...]",
         paragraphs[0],
-        epilog="examples:\n" + paragraphs[2],
+        epilog=f"examples:\n{paragraphs[2]}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="*", type=os.path.expanduser, metavar="RUN")
+    # of METHODS and ARCHS with rows added from outside
+    names = {"method": METHODS, "arch": ARCHS, "data": DATASETS}
     for f in fields(Config):
         if not f.metadata:
             continue
-        flag = "--" + f.name.replace("_", "-")
+        flag = f"--{f.name.replace('_', '-')}"
         help = f.metadata["help"]
         if f.type is bool:
             parser.add_argument(flag, action="store_const", const=[True], help=help)
             continue
         if f.default is not None:
             help += f" (default {f.default})"
-        words = ",".join(choices_of(f)) or f.type.__name__.upper()
-        parser.add_argument(flag, type=partial(_read, f), metavar=words, help=help)
+        choices = names.get(f.name, f.metadata["choices"])
+        words = ",".join(choices) or f.type.__name__.upper()
+        parser.add_argument(flag, type=partial(_read, f, choices), metavar=words, help=help)
     return parser
 
 
@@ -3215,7 +3211,7 @@ def unused_settings(cfg) -> set:
     if cfg.data != "folder":
         unused |= {"image_size"}
     if row.objective is None:
-        unused |= ATTACK_SETTINGS
+        unused |= {"eps", "step_size", "steps"}
     if not row.teacher:
         unused |= TEACHER_SETTINGS
     elif cfg.teacher:
@@ -3297,7 +3293,7 @@ def teacher_config(cfg) -> Config:
     """The run of the teacher that cfg asks for: PGD-AT on D_B, or a baseline on all of D;
     optimiser, attack and augmentation are the student's. Of a --teacher: the file as its
     checkpoint."""
-    its_own = dict.fromkeys(METHOD_SETTINGS | TEACHER_SETTINGS)
+    its_own = dict.fromkeys(METHOD_SETTINGS)
     its_own |= dict(
         # on all of D it is the very run of that baseline
         role="student" if cfg.teacher_data == "full" else "teacher",
@@ -3307,7 +3303,6 @@ def teacher_config(cfg) -> Config:
         attacks="clean,pgd",  # as Table 6
         official=False,
         method=cfg.teacher_method,
-        gamma=cfg.gamma,
         epochs=cfg.teacher_epochs,
         batch_size=cfg.teacher_batch_size,
     )
@@ -3325,8 +3320,7 @@ def copy_teacher(cfg, data, path, log):
         return
     source = cfg.teacher
     if source is None:
-        its_data = balanced_data(its_cfg, data) if its_cfg.role == "teacher" else data
-        work_in_folder(its_cfg, its_data)
+        work_in_folder(its_cfg, data)
         source = run_path(its_cfg) / "last.pt"
     model, epoch, _ = load_net(its_cfg, data, source)
     if not copied:
@@ -3341,16 +3335,19 @@ def run_one(cfg):
     """All that one Config asks for: its teacher, its training, its evaluation."""
     tune_process(cfg)
     cfg = resolve(vars(cfg))  # it is known now whether Triton works
-    if RANK == 0:
-        data = load_data(cfg)
-    gather(None)  # rank 0 has fetched and decoded for all
     if RANK > 0:
-        data = load_data(cfg)
+        gather(None)  # rank 0 fetches and decodes for all
+    data = load_data(cfg)
+    if RANK == 0:
+        gather(None)
     work_in_folder(cfg, data)
 
 
 def work_in_folder(cfg, data):
-    """What the stage of a Config asks for, in the run's folder, as far as it is not done yet."""
+    """What the stage of a Config asks for, in the run's folder, as far as it is not done yet. data:
+    D, from which a teacher's run draws its D_B."""
+    if cfg.role == "teacher":
+        data = balanced_data(cfg, data)
     path = run_path(cfg)
     with hold_folder(path) as log:
         open_run(cfg, data, path, log)
@@ -3381,7 +3378,7 @@ def run_stages(configs):
         raise UserError(f"--stage {cfg.stage}: works in one process; start it without torchrun")
     if cfg.figures:
         with blaming("--figures needs matplotlib: pip install matplotlib", ImportError):
-            importlib.import_module("matplotlib.figure")  # said now, not after days
+            import matplotlib.figure  # noqa: F401 - said now, not after days
     if cfg.stage == "theory":
         say(theory())
         if cfg.figures:
