@@ -39,11 +39,11 @@ import sys
 import time
 import warnings
 import zlib
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -93,6 +93,8 @@ def blaming(what, kinds):
     """Inside, errors of these kinds become the UserError `what`, which says how to mend it."""
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError, but no fault of the file
+        raise
     except kinds as error:
         raise UserError(f"{what} ({type(error).__name__}: {first_line(error)})") from error
 
@@ -208,7 +210,7 @@ class Config(Settings):
     eval_eps: float = _flag(None, "L-inf radius of the evaluation, in 255ths (--eps)")
     eval_step_size: float = _flag(2.0, "step of the evaluation's PGD, in 255ths")
     eval_steps: int = _flag(20, "steps of the evaluation's PGD")
-    attacks: str = _flag("clean,pgd,aa", "which of these; synthetic clean,pgd")
+    attacks: str = _flag("clean,pgd,aa", "comma list of clean, pgd, aa; synthetic clean,pgd")
     device: str = _flag("auto", "auto, cpu, cuda or cuda:N")
     amp: str = _flag("auto", "precision of the convolutions", "auto bf16 fp16 off")
     compile: str = _flag("auto", "compile, on CUDA as graphs; auto: on CUDA", "auto on off")
@@ -599,13 +601,17 @@ if triton:
 STEP_BLOCK = 1024  # 4 warps of 32 threads take 8 values each: two 16-byte float32 loads, one 16-bit
 
 
-def _check_step(**tensors):
-    """ValueError unless all share shape, device and a layout without gaps, in types pgd_step takes:
-    the kernel walks memory, so that another layout would silently pair the wrong pixels."""
-    x = tensors["x"]
+def pgd_step(x_adv, grad, x, step_size, eps, out_low=None) -> Tensor:
+    """One L-inf PGD step in place on x_adv; also writes the copy that the next low-precision
+    forward reads. x_adv, x: float32; grad: float32, bfloat16 or float16; out_low: None or one of
+    those types; all of one shape, device and memory layout without gaps, of any size. A fused
+    Triton kernel on CUDA where Triton works, and on any device when TRITON_INTERPRET=1; else the
+    reference. Returns x_adv. ValueError on a mismatch."""
+    low = x_adv if out_low is None else out_low
+    # the kernel walks memory: another layout would silently pair the wrong pixels
     strides = torch.empty_like(x, device="meta").stride()  # x's own, unless x has gaps
     want = f"{list(x.shape)} {strides} {x.device}"
-    for name, tensor in tensors.items():
+    for name, tensor in dict(x=x, x_adv=x_adv, grad=grad, out_low=low).items():
         got = f"{list(tensor.shape)} {tensor.stride()} {tensor.device}"
         dtypes = [torch.float32]
         if name in ("grad", "out_low"):
@@ -615,16 +621,6 @@ def _check_step(**tensors):
                 f"{name} is {tensor.dtype} {got}: "
                 f"want float32 {want} (grad, out_low: or bf16, fp16)"
             )
-
-
-def pgd_step(x_adv, grad, x, step_size, eps, out_low=None) -> Tensor:
-    """One L-inf PGD step in place on x_adv; also writes the copy that the next low-precision
-    forward reads. x_adv, x: float32; grad: float32, bfloat16 or float16; out_low: None or one of
-    those types; all of one shape, device and memory layout without gaps, of any size. A fused
-    Triton kernel on CUDA where Triton works, and on any device when TRITON_INTERPRET=1; else the
-    reference. Returns x_adv. ValueError on a mismatch."""
-    low = x_adv if out_low is None else out_low
-    _check_step(x=x, x_adv=x_adv, grad=grad, out_low=low)
     if triton and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         n = x.numel()
         with torch.cuda.device_of(x):
@@ -654,14 +650,17 @@ class FrozenCopy(nn.Module):
         self.overflows = next(model.parameters()).new_zeros(())
         self.source = model.state_dict(keep_vars=True)
         self.folded = {}  # {name of a convolution: name of the batch norm of its output alone}
+        self.eps = []  # of these batch norms
         for name, module in self.net.named_modules():
             if isinstance(module, nn.Conv2d):  # comes after the module that gives it a bias
                 module.to(dtype)
             prefix = f"{name}.".lstrip(".")
             for conv, norm in getattr(module, "folds", ()):
-                # a shortcut may be empty, a block from outside may have another norm
-                if f"{prefix}{norm}.running_var" in self.source:
+                # a shortcut may be empty, a block from outside may have another norm or a bias
+                needed = {f"{prefix}{norm}.weight", f"{prefix}{norm}.running_var"}
+                if needed <= self.source.keys() and f"{prefix}{conv}.bias" not in self.source:
                     self.folded[prefix + conv] = prefix + norm
+                    self.eps.append(module.get_submodule(norm).eps)
                     module.get_submodule(conv).bias = module.get_submodule(norm).bias
                     module.set_submodule(norm, nn.Identity())
         self.targets = {}  # {dtype: {name: tensor}}: copying a mix would be slow
@@ -679,7 +678,7 @@ class FrozenCopy(nn.Module):
 
         values = dict(self.source)
         if self.folded:  # not so in a network whose blocks have no `folds`
-            variances = torch._foreach_add(of_norms("running_var"), 1e-5)  # all have PyTorch's eps
+            variances = torch._foreach_add(of_norms("running_var"), self.eps)
             scales = torch._foreach_div(of_norms("weight"), torch._foreach_sqrt(variances))
             means = torch._foreach_mul(of_norms("running_mean"), scales)
             shifts = torch._foreach_sub(of_norms("bias"), means)
@@ -688,7 +687,6 @@ class FrozenCopy(nn.Module):
                 values[f"{conv}.bias"] = shift
         for targets in self.targets.values():
             torch._foreach_copy_(list(targets.values()), [values[name] for name in targets])
-        return self
 
     def speed_up(self, *sizes):
         """Compile the forward for batches of these sizes; on CUDA also capture whole attacks."""
@@ -785,16 +783,6 @@ def check_images(x, y, dtypes=(torch.float32,)):
         )
 
 
-def attack_start(x, init, eps, generator):
-    """x plus the start noise of an attack, clipped to the ball and to [0,1]."""
-    noise = torch.zeros_like(x)
-    if init == "uniform":
-        noise.uniform_(-eps, eps, generator=generator)
-    elif init == "gauss":
-        noise.normal_(0, 1e-3, generator=generator)
-    return pgd_step_reference(x + noise, noise, x, 0.0, eps)  # no step, only the clipping
-
-
 def pgd_attack(
     model, x, y, *, eps, step_size, steps, init="uniform", objective=None, aux=None, generator=None
 ) -> Tensor:
@@ -819,13 +807,19 @@ def pgd_attack(
         x = x.clone(memory_format=torch.contiguous_format)  # a view with gaps becomes dense
         y = y.clone()  # it may come from inference mode
     x = x.detach()
-    inputs = [x, y, attack_start(x, init, eps, generator)]
+    noise = torch.zeros_like(x)
+    if init == "uniform":
+        noise.uniform_(-eps, eps, generator=generator)
+    elif init == "gauss":
+        noise.normal_(0, 1e-3, generator=generator)
+    start = pgd_step_reference(x + noise, noise, x, 0.0, eps)  # no step, only the clipping
+    inputs = [x, y, start]
     if aux is not None:
         inputs.append(aux)
     settings = (objective or cross_entropy_objective, eps, step_size, steps)
     ascend = partial(_ascend, net, *settings)
     if net.graphs is not None and len(x) in net.compiled:
-        result = call_graphed(  # what the capture adds to overflows goes again
+        result = call_graphed(  # what the capture adds to overflows is taken back
             net.graphs, settings, ascend, inputs, pixels_differ, lambda: [net.overflows]
         )
         return result[0].clone()
@@ -881,7 +875,7 @@ def _ascend(forward, objective, eps, step_size, steps, x, y, start, aux=None):
 
 
 # 5  Training ======================================================================================
-def lr_at(epoch, epochs, lr, milestones=(0.75, 0.9)) -> float:
+def lr_at(epoch, epochs, lr, milestones) -> float:
     """The learning rate of an epoch (1 .. epochs): lr, divided by ten after each milestone, which
     is a share of the epochs, but never before the second epoch."""
     drops = sum(epoch > max(1, round(share * epochs, 6)) for share in milestones)
@@ -914,7 +908,7 @@ class Trainer:
         self.model = model
         self.row = METHODS[cfg.method]
         self.counts = torch.tensor(counts, dtype=torch.float32, device=cfg.device)
-        self.predicted = self.counts  # how often each class was at x' in the epoch before
+        self.predicted = self.counts  # how often each was predicted at x' in the epoch before
         self.whole_batch = cfg.batch_size // WORLD
         self.teacher = teacher
         dtype = AMP_DTYPE[cfg.amp] if self.row.low_precision else torch.float32
@@ -926,7 +920,7 @@ class Trainer:
         if cfg.compile != "off":
             self.compiled = torch.compile(model, dynamic=False)
             self.frozen.speed_up(self.whole_batch)
-            if teacher is not None:  # it sees x', or x' and x - d in one batch
+            if teacher:  # it sees x', or x' and x - d in one batch
                 teacher.speed_up(self.whole_batch, 2 * self.whole_batch)
 
     def updated_tensors(self):
@@ -977,8 +971,7 @@ class Trainer:
         """The optimiser's step at x' -> (loss, logits at x'). By a graph where the attack has them:
         at batch 32 the host would need longer for it than the device."""
         graphs = self.frozen.graphs
-        # momentum, if any, is where the graph will look for it
-        begun = self.cfg.momentum == 0 or len(self.optimizer.state) > 0
+        begun = len(self.optimizer.state) > 0  # momentum is where the graph will look for it
         if graphs is None or WORLD > 1 or not begun or len(x) != self.whole_batch:
             return self._eager_step(x, x_adv, y, alpha, lr)
         inputs = [x, x_adv, y, x.new_full((), alpha), x.new_full((), lr)]
@@ -1241,11 +1234,11 @@ def augment(images_u8, policy, generator) -> Tensor:
             torch.default_generator.manual_seed(int(seed))
             for k in range(min(n, AUGMENT_GROUPS)):
                 images_u8[k::AUGMENT_GROUPS] = POLICIES[policy](images_u8[k::AUGMENT_GROUPS])
-    corner = torch.randint(9, (2, n), generator=generator)  # of the 9 x 9 windows
+    top, left = torch.randint(9, (2, n), generator=generator)  # of the 9 x 9 windows
     flip = torch.randint(2, (n,), generator=generator).bool()
-    padded = F.pad(images_u8, [4] * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [N,3,9,9,H,W], a view
-    cut = windows[torch.arange(n), :, corner[0], corner[1]]  # [N,3,H,W], a copy
+    # of the padded images, [N,3,9,9,H,W], a view
+    windows = F.pad(images_u8, [4] * 4).unfold(2, height, 1).unfold(3, width, 1)
+    cut = windows[torch.arange(n), :, top, left]  # [N,3,H,W], a copy
     cut[flip] = cut[flip].flip(3)
     return cut
 
@@ -1265,7 +1258,7 @@ def load_data(cfg) -> Data:
     train = _limited(data.train_labels, cfg.train_limit)
     labels = data.train_labels[train]
     counts = np.bincount(labels)
-    if cfg.ir is not None:
+    if cfg.ir:
         counts = _largest_profile(counts, cfg.ir)
     train = train[long_tail_indices(labels, counts)]
     test = _limited(data.test_labels, cfg.test_limit)
@@ -1343,7 +1336,7 @@ def load_tinyimagenet(data_dir) -> Data:
     val_annotations.txt. A line says how many training images and labels of test images are missing;
     UserError where a test image is, or all training images of a class."""
     root = Path(data_dir, "tiny-imagenet-200")
-    annotations = root / "val" / "val_annotations.txt"
+    annotations = root / "val/val_annotations.txt"
     if not annotations.exists():
         with _fetching("tiny-imagenet-200.zip", data_dir):
             download_and_extract_archive(TINY_URL, data_dir, md5=TINY_MD5)
@@ -1403,12 +1396,12 @@ def _read_images(train, test, classes, size, cache) -> Data:
     """Decode the images of two {path: class}. The tensors are kept in the file `cache`, which is
     made again when an image is added, removed or changed."""
     pictures = train | test
-    rows = []
-    for path, name in pictures.items():
+    stats = []
+    for path in pictures:
         with blaming(f"{path} is gone: restore it, remove its link, or unpack it again", OSError):
             stat = os.stat(path)
-        rows.append((path, name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    key = zlib.crc32(repr(rows).encode())
+        stats.append((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    key = repr([pictures, stats])
     with suppress(UserError, LookupError, TypeError):  # a missing or broken cache is made again
         saved = read_checkpoint(cache)
         if saved["key"] == key:
@@ -1453,29 +1446,29 @@ def make_synthetic(train_per_class=160, test_per_class=25, size=32) -> Data:
     a crop changes nothing."""
     rng = np.random.default_rng(2025)
     yy, xx = np.mgrid[:size, :size]
-    c = np.arange(10)[:, None, None]  # the classes; [N,1,1] broadcasts over the pixels
+    c = np.arange(10)[:, None, None, None]  # the classes; [N,1,1,1] broadcasts over an image
     angles = np.pi * (c % 5 + 0.5) / 10  # within a quadrant: a flip must not change the class
     along = xx * np.cos(angles) + yy * np.sin(angles)
-    coarse = 2 * np.pi / np.where(c < 5, 14.0, 7.5) * along  # phases; wavelengths in pixels
-    fine = 2 * np.pi / np.where(c < 5, 3.0, 2.4) * along[::-1]
-    tint = np.abs(rng.normal(size=(10, 3, 1, 1))).clip(0.3)
+    coarse = math.tau / np.where(c < 5, 14.0, 7.5) * along  # phases; wavelengths in pixels
+    fine = math.tau / np.where(c < 5, 3.0, 2.4) * along[::-1]
+    tint = abs(rng.normal(size=(10, 3, 1, 1))).clip(0.3)
     tint /= tint.mean(1, keepdims=True)
 
     def gratings(phases):  # [N,1,size,size] in [-1,1]
-        shift = rng.uniform(0, 2 * np.pi, (len(phases), 1, 1))
-        return np.sin(phases + shift)[:, None]
+        shift = rng.uniform(0, math.tau, (len(phases), 1, 1, 1))
+        return np.sin(phases + shift)
 
     def draw(per_class):  # images uint8 [N,3,size,size], labels
-        labels = np.repeat(np.arange(10), per_class)
+        labels = np.repeat(c, per_class)  # which flattens
         images = 0.5 + 0.13 * gratings(coarse[labels]) * tint[labels]
         for _ in range(2):
-            other = rng.integers(0, 10, len(labels))
+            other = rng.integers(0, 10, labels.shape)
             strength = rng.uniform(0, 0.13, (len(labels), 1, 1, 1))
             images += strength * gratings(coarse[other]) * tint[other]
         images += 5 / 255 * gratings(fine[labels])
         images += rng.normal(0, 0.06, images.shape)
-        pixels = np.rint(images.clip(0, 1) * 255).astype(np.uint8)
-        return torch.from_numpy(pixels), torch.from_numpy(labels)
+        pixels = torch.from_numpy(images.clip(0, 1) * 255).round().byte()
+        return pixels, torch.from_numpy(labels)
 
     names = [f"grating {i}" for i in range(10)]
     return Data(*draw(train_per_class), *draw(test_per_class), names)
@@ -1582,8 +1575,6 @@ class Net(nn.Sequential):
     logits. Pool and head are float32 whatever the convolutions are: with bf16 logits many samples
     would get no gradient."""
 
-    folds = ()
-
     def forward(self, x, with_features=False):
         """Logits [N,C], or with_features: (logits, pooled features [N,d]); all float32 (float64 for
         float64)."""
@@ -1598,7 +1589,7 @@ class Net(nn.Sequential):
 
 
 HEADS = {"linear": nn.Linear, "cosine": CosineHead}
-# block: a class (where it is not BasicBlock's or a child's, a norm and a relu follow the last one);
+# block: a class (unless it is BasicBlock or a subclass, a norm and a relu follow the last one);
 # blocks of each stage; channels of the stem and of each stage; names of the stages
 # fmt: off
 SHAPE18 = (2, 2, 2, 2), (64, 64, 128, 256, 512), "layer{}"
@@ -1655,11 +1646,6 @@ def build_model(arch, num_classes, head="linear") -> nn.Module:
     return net.to(memory_format=torch.channels_last)
 
 
-def weights_of(model):
-    """A CPU copy of a module's state_dict, as a plain dict."""
-    return {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
-
-
 def weights_crc32(model):
     """Checksum of all weights and statistics: the same for the same network, whatever its file."""
     return _crc32(*model.state_dict().values())
@@ -1687,8 +1673,9 @@ def read_checkpoint(path):
         raise
     except Exception as error:  # a damaged pickle can raise any
         remedy = f"train first, or name another checkpoint ({first_line(error)})"
-        if os.path.isfile(path) and b"torch.nn.modules" in Path(path).read_bytes():
-            remedy = "it is a pickled module or DataParallel, save its state_dict() instead"
+        with suppress(OSError):  # also of a file that is missing
+            if b"torch.nn.modules" in Path(path).read_bytes():
+                remedy = "it is a pickled module or DataParallel, save its state_dict() instead"
         raise UserError(f"{path} cannot be read: {remedy}") from error
 
 
@@ -1699,7 +1686,7 @@ def load_weights(model, path, classes=None):
     the outputs are wanted in; a checkpoint without names is taken to have them in alphabetical
     order. UserError where names or shapes do not fit, or weights are not finite."""
     content = weights = read_checkpoint(path)
-    own = model.normalize.state_dict(prefix="normalize.")  # theirs do not know of it
+    loaded = model.normalize.state_dict(prefix="normalize.")  # theirs do not know of it
     misses = f"{path} holds no state_dict: want one, bare or under 'state_dict', 'model' or 'net'"
     with blaming(misses, (AttributeError, TypeError)):
         for key in ("state_dict", "model", "net"):
@@ -1709,11 +1696,11 @@ def load_weights(model, path, classes=None):
             if not tensor.isfinite().all():
                 raise UserError(f"{path} holds NaN or infinity, of a training that diverged")
             if not name.startswith("sub_block1"):
-                own[name] = tensor
-    fits = f"{path} does not fit the network: check --arch, --data and --method"
+                loaded[name] = tensor
+    fits = f"{path} does not fit the network: check --arch, --data, --method, --mean"
     with blaming(fits, RuntimeError):
-        model.load_state_dict(own)
-    if classes is not None:
+        model.load_state_dict(loaded)
+    if classes:
         _sort_outputs(model, path, content.get("classes"), list(classes))
     epoch = content.get("epoch")
     return epoch if isinstance(epoch, int) else None
@@ -1727,8 +1714,8 @@ def _sort_outputs(model, path, names, classes):
         if names != classes:
             say(f"{path} names no classes: its outputs are taken to be in alphabetical order")
     names = list(map(str, names))
-    if sorted(names) != sorted(classes):
-        odd = sorted(set(names) ^ set(classes))
+    odd = sorted(set(names) ^ set(classes))
+    if odd:
         raise UserError(f"{path} was trained on other classes than --data has: unlike {odd[:3]}")
     rows = [names.index(name) for name in classes]
     for parameter in model[-1].parameters():
@@ -1739,8 +1726,8 @@ def _sort_outputs(model, path, names, classes):
 # Own code from the papers, in the maximum norm only. An attack is a function of the `points` that
 # it attacks together; it looks at images through points.gradient and points.margin alone, which
 # also judge them; what they give per point is [N,1,1,1]. A fifth attack: write the function and
-# append it to `ATTACK_OF` below, where its place seeds its draws; if it has targets, `autoattack`
-# has to know.
+# append it to `ATTACK_OF` below, where its place seeds its draws; if it has targets, its name ends
+# in -t.
 FLOATS = (torch.float32, torch.float64)
 
 
@@ -1750,12 +1737,12 @@ def margin(logits, y):
     return of_class(logits, y) - others
 
 
-def is_fooled(logits, y, slack):
-    """bool [N]: the margin is below slack times the spread of the logits, which an offset does not
-    change. A positive slack takes near misses as well, a negative one wants a clear win. NaN logits
-    never count."""
+def is_fooled(logits, y, slack, dtype):
+    """bool [N]: the margin is below slack times the rounding by dtype of the logits' spread, which
+    an offset does not change. A positive slack takes near misses as well, a negative one wants a
+    clear win. NaN logits never count."""
     spread = logits.amax(1) - logits.amin(1)
-    return margin(logits, y) < slack * spread
+    return margin(logits, y) < slack * torch.finfo(dtype).eps * spread
 
 
 def cross_entropy_each(logits, y, target):
@@ -1854,16 +1841,15 @@ class Points:
     def _judge(self, images, rows, logits):
         """Keep the images that fool, of these rows with these logits of the fast network; leave out
         their points."""
-        slack = 2 * torch.finfo(getattr(self.fast, "dtype", torch.float32)).eps
-        claimed = is_fooled(logits, self.y[rows], slack)
+        dtype = getattr(self.fast, "dtype", torch.float32)
+        claimed = is_fooled(logits, self.y[rows], 2, dtype)
         moved = largest(images[rows] - self.x[rows]).flatten()
         claimed = rows[claimed & (moved <= self.eps + 1e-6)]
         if len(claimed):
             asked = self._padded(claimed)
             logits = self.exact(images[asked])
             # by more than rounds off in a batch of another shape: it must fool when scored again
-            slack = -100 * torch.finfo(logits.dtype).eps
-            fooled = asked[is_fooled(logits, self.y[asked], slack)]
+            fooled = asked[is_fooled(logits, self.y[asked], -100, logits.dtype)]
             self.found[fooled] = images[fooled]
             self.left[fooled] = False
         if not self.left.any():
@@ -1903,11 +1889,11 @@ def apgd(points, generator, iterations, objective):
             # too few steps rose, or the best stood still since a checkpoint that did not halve
             stuck = ~halved & (loss_at_check >= best_loss)
             halved = (rises <= 0.75 * interval) | stuck
-            step_size = torch.where(halved, step_size / 2, step_size)
+            step_size[halved] /= 2
             z = torch.where(halved, best, z)
             gradient = torch.where(halved, best_gradient, gradient)
             loss_at_check = best_loss
-            rises = torch.zeros_like(rises)
+            rises.zero_()
             interval = max(interval - max(int(0.03 * iterations), 1), int(0.06 * iterations), 1)
             check += interval
 
@@ -1969,9 +1955,10 @@ def square(points, generator, queries):
     gradients. Vertical stripes first; then one square of the best image takes new colours, each
     channel one of its two bounds."""
     channels, height, width = points.x.shape[1:]
+    draw = partial(torch.randint, generator=generator)
 
     def low_or_high(*shape):
-        coin = torch.randint(2, shape, generator=generator).bool().to(points.x.device)
+        coin = draw(2, shape).bool().to(points.x.device)
         return torch.where(coin, points.low, points.high)
 
     best = low_or_high(channels, 1, width)
@@ -1982,8 +1969,8 @@ def square(points, generator, queries):
         side = round(math.sqrt(0.8 * height * width / 2**halvings))
         side = min(max(side, 1), height, width)
         # up to length - side - 1, as in the official code, which leaves out the last row and column
-        top = int(torch.randint(max(height - side, 1), (), generator=generator))
-        left = int(torch.randint(max(width - side, 1), (), generator=generator))
+        top = int(draw(max(height - side, 1), ()))
+        left = int(draw(max(width - side, 1), ()))
         colour = low_or_high(channels, 1, 1)
         z = best.clone()
         window = (..., slice(top, top + side), slice(left, left + side))
@@ -2018,7 +2005,7 @@ def warn_of_odd_models(net, x, y, gradients):
         warn("the outputs are probabilities: return logits, softmax's gradients vanish")
     if gradients:
         slopes = input_gradient(net, x, margin, y)[2]
-        blind = (slopes == 0).flatten(1).all(1).sum()
+        blind = (total(slopes.abs()) == 0).sum()
         if blind > 0.1 * len(x):
             warn(f"{blind} of {len(x)} images have a zero input gradient: APGD is blind")
 
@@ -2064,10 +2051,10 @@ def autoattack(
     x_adv = x.detach().clone()
     if len(x) == 0:
         return x_adv
-    with eval_mode(model), torch.no_grad(), ieee_float32():
-        nets = usable_nets(nets, x[:batch_size], y[:batch_size])
-        logits = checked_logits(nets[1], x, y, batch_size)
-        warn_of_odd_models(nets[1], x[:batch_size], y[:batch_size], set(attacks) != {"square"})
+    with judging(model):
+        fast, exact = usable_nets(nets, x[:batch_size], y[:batch_size])
+        logits = checked_logits(exact, x, y, batch_size)
+        warn_of_odd_models(exact, x[:batch_size], y[:batch_size], set(attacks) != {"square"})
         # column 0 is y itself, then come its rivals in the order of the clean logits
         rivals = logits.scatter(1, y[:, None], math.inf).argsort(1, descending=True)
         robust = logits.argmax(1) == y
@@ -2075,16 +2062,17 @@ def autoattack(
         for name in attacks:
             if name not in state:
                 steps = queries if name == "square" else iterations
-                count = targets if name in ("apgd-t", "fab-t") else 1
+                count = targets if name.endswith("-t") else 1
                 state[name] = run_attack(
-                    name, steps, rivals[:, 1 : count + 1], nets, x, y, robust, eps, seed, batch_size
-                )
-            rows = state[name]["rows"]
+                    name, steps, rivals[:, 1 : count + 1], fast, exact, x, y, robust, eps, seed,
+                    batch_size
+                )  # fmt: skip
+            rows, images = state[name]
             robust[rows] = False
-            x_adv[rows] = state[name]["images"].to(x_adv)
+            x_adv[rows] = images.to(x_adv)
             log(f"{name:9} robust {_share(robust)}")
-        if "square" in attacks[1:] and len(state["square"]["rows"]) > max(1, 0.002 * len(x)):
-            warn("Square fooled what the gradient attacks missed: are they masked?")
+            if name == "square" and name != attacks[0] and len(rows) > max(1, 0.002 * len(x)):
+                warn("Square fooled what the gradient attacks missed: are they masked?")
     return x_adv
 
 
@@ -2093,12 +2081,12 @@ def _share(robust):
 
 
 def run_attack(
-    name, steps, targets, nets, x, y, robust, eps, seed, batch_size
-) -> dict:  # fmt: skip
+    name, steps, targets, fast, exact, x, y, robust, eps, seed, batch_size
+) -> tuple:  # fmt: skip
     """Run one attack on the robust points, target after target on what is still robust; targets:
-    int64 [N, targets]. Returns the fooled: {"rows": int64 [k], "images": [k,C,H,W], on the CPU}."""
-    if name == "fab-t" and getattr(nets[0], "dtype", None) == torch.bfloat16:
-        nets = (nets[1], nets[1])  # its steps live on small differences of logits
+    int64 [N, targets]. Returns the fooled: rows int64 [k], images [k,C,H,W], both on the CPU."""
+    if name == "fab-t" and getattr(fast, "dtype", None) == torch.bfloat16:
+        fast = exact  # its steps live on small differences of logits
     left = robust.clone()
     images = x.clone()
     for nth, target in enumerate(targets.T, 1):
@@ -2106,7 +2094,7 @@ def run_attack(
             break
         for rows in left.nonzero().flatten().split(batch_size):
             show_progress(f"{name}, target {nth}: {left.sum()} points robust")
-            points = Points(*nets, x[rows], y[rows], target[rows], eps, batch_size)
+            points = Points(fast, exact, x[rows], y[rows], target[rows], eps, batch_size)
             draws = random_stream("cpu", seed, "autoattack", AUTOATTACK.index(name), nth)
             with suppress(AllFooled):
                 ATTACK_OF[name](points, draws, steps)
@@ -2114,7 +2102,7 @@ def run_attack(
             left[rows] = points.left
     show_progress()
     rows = (robust & ~left).nonzero().flatten()
-    return dict(rows=rows.cpu(), images=images[rows].cpu())
+    return rows.cpu(), images[rows].cpu()
 
 
 # 9  Evaluation ====================================================================================
@@ -2122,17 +2110,13 @@ ATTACKS = ("clean", "pgd", "aa")
 
 
 @contextmanager
-def ieee_float32():
-    """Inside, no TF32: a verdict must not depend on ten bits."""
-    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
+def judging(model):
+    """Inside, eval mode, no gradients and no TF32: a verdict must not depend on ten bits."""
+    with ExitStack() as stack, eval_mode(model), torch.no_grad():
+        for switch in (torch.backends.cudnn.conv, torch.backends.cuda.matmul):
+            stack.callback(setattr, switch, "fp32_precision", switch.fp32_precision)
             switch.fp32_precision = "ieee"
         yield
-    finally:
-        for switch, precision in zip(switches, before):
-            switch.fp32_precision = precision
 
 
 def scoring_nets(model, cfg=None, counts=()):
@@ -2189,8 +2173,9 @@ def evaluate(
             f"attacks {attacks!r}, batch_size {batch_size}, {len(labels)} images: "
             f"want a sequence from {ATTACKS}, batch_size >= 1, images >= 1"
         )
-    nets = nets or scoring_nets(model)
-    nets = usable_nets(nets, to_float(images_u8[:batch_size]), labels[:batch_size])
+    fast, exact = usable_nets(
+        nets or scoring_nets(model), to_float(images_u8[:batch_size]), labels[:batch_size]
+    )
     parts = torch.arange(len(labels)).split(batch_size)[RANK::WORLD]
     result = {}
     for name in attacks:
@@ -2198,28 +2183,27 @@ def evaluate(
         inputs = (to_float(images_u8[part]) for part in parts)
         if name == "aa" and parts:
             mine = torch.cat(parts)
-            x_adv = autoattack(
+            inputs = autoattack(
                 model,
                 to_float(images_u8[mine]),
                 labels[mine],
                 eps=eps,
                 seed=seed,
                 batch_size=batch_size,
-                nets=nets,
+                nets=(fast, exact),
                 log=log,
                 state=state,
-            )
-            inputs = x_adv.split(batch_size)
+            ).split(batch_size)
         for part, x in zip(parts, inputs):
             y = labels[part]
-            with eval_mode(nets[1]), torch.no_grad(), ieee_float32():
+            with judging(exact):
                 if name == "pgd":
                     number = int(part[0]) // batch_size
                     noise = random_stream(x.device, seed, "evaluation", number)
                     x = pgd_attack(
-                        nets[0], x, y, eps=eps, step_size=step_size, steps=steps, generator=noise
+                        fast, x, y, eps=eps, step_size=step_size, steps=steps, generator=noise
                     )
-                logits = nets[1](x)
+                logits = exact(x)
             correct[part] = (logits.argmax(1) == y) & ~logits.isnan().any(1)  # NaN is never right
         right = sum(gather(correct.cpu())).numpy()  # one rank scores an image, the others say 0
         result |= accuracies(name, right, labels.cpu().numpy(), tail)
@@ -2238,7 +2222,7 @@ def accuracies(name, right, labels, tail):
     }
 
 
-def save_examples(path, net, images_u8, labels, count, log, *, seed=0, **threat):
+def save_examples(path, net, images_u8, labels, count, log, seed, **threat):
     """Write a PNG grid of `count` images spread over the set: clean, after PGD, ten times the
     difference; to the log their labels and what the net says to both. net: a FrozenCopy; threat:
     eps, step_size and steps."""
@@ -2261,8 +2245,9 @@ def save_examples(path, net, images_u8, labels, count, log, *, seed=0, **threat)
 @contextmanager
 def writing(path):
     """Around a write: the folder of `path` is made; one line for what cannot be written."""
-    remedy = "check path, rights and free space, or try another --out"
-    with blaming(f"cannot write {path}: {remedy}", OSError):
+    with blaming(
+        f"cannot write {path}: check path, rights and free space, or try another --out", OSError
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
 
@@ -2296,8 +2281,10 @@ def read_json(path) -> dict:
     """What a JSON file of ours holds, {} where there is none; UserError where it is damaged."""
     if not path.exists():
         return {}
-    remedy = "is damaged: restore it, or remove the folder and start afresh"
-    with blaming(f"{path} {remedy}", (OSError, ValueError, TypeError)):
+    with blaming(
+        f"{path} is damaged: restore it, or remove the folder and start afresh",
+        (OSError, ValueError, TypeError),
+    ):
         return dict(json.loads(path.read_bytes()))
 
 
@@ -2307,8 +2294,8 @@ def hold_folder(path):
     to the screen."""
     log_path = path / "log.txt"
     with writing(log_path):
-        name = os.devnull if RANK else log_path
-        file = open(name, "ab", buffering=0)  # nothing is left to write when it is closed
+        # unbuffered: nothing is left to write when it is closed
+        file = open(os.devnull if RANK else log_path, "ab", buffering=0)
 
     def log(line):
         with writing(log_path):
@@ -2316,7 +2303,7 @@ def hold_folder(path):
         say(line)
 
     with file:
-        if RANK == 0 and fcntl is not None:
+        if RANK == 0 and fcntl:
             with suppress(OSError):  # a drive without locks
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2339,20 +2326,19 @@ def identity(cfg) -> dict:
 def run_path(cfg) -> Path:
     """A run's folder: below --out, named by what people vary and a checksum of its identity."""
     digest = zlib.crc32(json.dumps(identity(cfg)).encode())
-    ratio = "owncounts" if cfg.ir is None else f"ir{cfg.ir:g}"
+    ratio = f"ir{cfg.ir:g}" if cfg.ir else "owncounts"
     method = "teacher" if cfg.role == "teacher" else cfg.method
-    name = f"{cfg.data}-{ratio}-{method}-{cfg.arch}-seed{cfg.seed}-{digest:08x}"
-    return Path(cfg.out, name)
+    return Path(cfg.out, f"{cfg.data}-{ratio}-{method}-{cfg.arch}-seed{cfg.seed}-{digest:08x}")
 
 
 def environment(cfg) -> dict:
     """What figures depend on beside the Settings: device, precision, processes, versions."""
     device = f"cpu ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
-    if cfg.device.startswith("cuda"):
+    if cfg.device != "cpu":
         device = f"{torch.cuda.get_device_name(cfg.device)}, CUDA {torch.version.cuda}"
     known = dict(device=device, processes=WORLD, amp=cfg.amp, compile=cfg.compile)
     for module in (torch, torchvision, np, triton):
-        if module is not None:
+        if module:
             known[module.__name__] = module.__version__
     return known
 
@@ -2371,13 +2357,14 @@ def open_run(cfg, data, path, log):
     if before != WORLD:
         log(f"going on with {WORLD} processes, begun with {before}")
     classes = dict(names=data.classes, counts=data.counts, tail=data.tail)
-    write_json(file, config=asdict(cfg), images=images, environment=machine, classes=classes)
+    write_json(file, config=vars(cfg), images=images, environment=machine, classes=classes)
 
 
 def save_model(path, cfg, data, model, epoch):
-    """A checkpoint that load_weights reads: public parameter names, and the names of the
-    classes."""
-    content = dict(state_dict=weights_of(model), epoch=epoch, arch=cfg.arch, classes=data.classes)
+    """A checkpoint that load_weights reads: public parameter names, CPU tensors, and the names of
+    the classes."""
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    content = dict(state_dict=weights, epoch=epoch, arch=cfg.arch, classes=data.classes)
     write_atomic(path, content)
 
 
@@ -2393,7 +2380,7 @@ def load_state(path, trainer, log) -> dict:
         trainer.model.load_state_dict(state.pop("model"))
         trainer.optimizer.load_state_dict(state.pop("optimizer"))
         trainer.predicted = state.pop("predicted").to(trainer.cfg.device)
-        log(f"{trainer.cfg.role}: going on after epoch {state['epoch']}")
+    log(f"{trainer.cfg.role}: going on after epoch {state['epoch']}")
     return state
 
 
@@ -2422,6 +2409,7 @@ def evaluate_run(cfg, data, path, log):
     """Evaluate teacher, best and last as far as they are there, or --checkpoint: what results.json
     lacks."""
     there = [name for name in CHECKPOINTS if (path / f"{name}.pt").exists()]
+    # without any, the error is that there is no best.pt
     names = gather(there or ["best"])[0]  # a shared drive may tell ranks different things
     if cfg.checkpoint:
         names = [cfg.checkpoint]
@@ -2446,10 +2434,10 @@ def evaluate_checkpoint(cfg, data, path, log, name, file):
     record = dict(checkpoint=name, epoch=epoch) | about
     for other in records:  # by other attacks, or of best where this is last
         if about.items() <= other.items():
-            record = other | record
+            record = other | record  # what is said twice is this one's
     wanted = [attack for attack in cfg.attacks.split(",") if attack not in record]
-    key = f"{about} {cfg.amp} {RANK}/{WORLD}"
-    saved = path / f"aa-{zlib.crc32(key.encode()):08x}.pt"
+    # AutoAttack's state, for this very call alone
+    saved = path / f"aa-{derive_seed(about, cfg.amp, RANK, WORLD):08x}.pt"
     if wanted:
         log(f"evaluating {name}: {', '.join(wanted)}")
         state = {}
@@ -2473,8 +2461,10 @@ def evaluate_checkpoint(cfg, data, path, log, name, file):
         )
         record["evaluated_on"] = environment(cfg)
         if cfg.checkpoint and record.get("clean", 100) <= 150 / len(data.classes):
-            causes = "normalised images (--mean, --std), another --image-size or order of classes"
-            log(f"{name} is near chance: was it trained on {causes}?")
+            log(
+                f"{name} is near chance: was it trained on normalised images (--mean, --std), "
+                "another --image-size or order of classes?"
+            )
     same = threat_of(cfg) | {"checkpoint": name}
     kept = [other for other in records if not same.items() <= other.items()]
     write_json(path / "results.json", evaluations=kept + [record])
@@ -2586,7 +2576,7 @@ class RunGroup:
         )
         self.seeds = [cfg.seed]
         self.records = records  # of all its runs, from results.json
-        ratio = "own counts" if cfg.ir is None else f"IR {cfg.ir:g}"
+        ratio = f"IR {cfg.ir:g}" if cfg.ir else "own counts"
         method = f"{cfg.method}+{cfg.aug}".removesuffix("+none")
         self.words = dict(data=cfg.data, ir=ratio, arch=cfg.arch, method=method)
         self.details = {}  # what else tells it from the others with the same words
@@ -2599,11 +2589,11 @@ class RunGroup:
 
     def values(self, column, checkpoint="best"):
         """The runs' values of a column, as far as they have it."""
-        values = []
-        for record in self.records:
-            if record["checkpoint"] == checkpoint and record.get(column) is not None:
-                values.append(record[column])
-        return values
+        return [
+            record[column]
+            for record in self.records
+            if record["checkpoint"] == checkpoint and record.get(column) is not None
+        ]
 
     def means(self, columns, checkpoint="best"):
         """The mean of each column over the runs; NaN where none has it."""
@@ -2635,13 +2625,15 @@ def read_run(path, cfg) -> RunGroup:
 def group_runs(runs) -> list:
     """What read_run gives, runs that differ only in the seed made one, in the order of the first;
     labels name what sets them apart."""
-    first = {}
+    groups = []
     for run in runs:
-        known = first.setdefault(json.dumps(run.own), run)
-        if known is not run:
-            known.seeds += run.seeds
-            known.records += run.records
-    groups = list(first.values())
+        for group in groups:
+            if group.own == run.own:
+                group.seeds += run.seeds
+                group.records += run.records
+                break
+        else:
+            groups.append(run)
     for group in groups:
         for rival in groups:
             if rival.words == group.words:
@@ -2778,12 +2770,11 @@ def draw_scatter(groups, ax, columns):
     for i, group in enumerate(groups):
         best = group.means(columns)
         last = group.means(columns, "last")
-        teacher = group.means(columns, "teacher")
         paper = paper_row(group.cfg, "best")
         color = look(i)[:2]
         ax.plot(*best, look(i), label=group.label())
         ax.plot(*zip(best, last), color, lw=0.7)
-        ax.plot(*teacher, color + "x")
+        ax.plot(*group.means(columns, "teacher"), color + "x")
         theirs = [paper.get(column, math.nan) for column in columns]
         ax.plot(*theirs, look(i), mfc="none", zorder=1)
     ax.set_xlabel(f"{COLUMNS[columns[0]]} accuracy (%)")
@@ -2829,7 +2820,7 @@ def sweep_families(groups, key):
             rest["images"] = None  # they follow the ratio, and so does the default gamma
             if rest["gamma"] == max(1.0, value / 2):
                 rest["gamma"] = None
-        families.setdefault(json.dumps(rest), []).append(group)
+        families.setdefault(str(rest), []).append(group)
     return [family for family in families.values() if len(family) > 1]
 
 
@@ -2910,10 +2901,8 @@ def draw_boundaries(ax, r):
     -sqrt(2) b."""
     x = np.random.default_rng(r).normal(size=(500, 2))
     heads = round(500 * r / (r + 1))
-    x[:heads] += 1
-    x[heads:] -= 1
-    ax.plot(*x[:heads].T, ".", color="0.6", label="head, y = +1")
-    ax.plot(*x[heads:].T, "x", color="0.6", label="tail, y = -1")
+    ax.plot(*(x[:heads] + 1).T, ".", color="0.6", label="head, y = +1")
+    ax.plot(*(x[heads:] - 1).T, "x", color="0.6", label="tail, y = -1")
     result = theorem1(2, 1.0, 0.5, r)
     for key, color, dash in (("nat", "#0072B2", "-"), ("rob", "#D55E00", "--")):
         at = (0, -math.sqrt(2) * result[f"b_{key}"])
@@ -2925,11 +2914,11 @@ def draw_boundaries(ax, r):
 # 12  Bench ========================================================================================
 # Plain is what a researcher writes after AT-BSL's script: eager, float32 NCHW, autograd.grad at x.
 # (Its training step already has our teacher and, on CUDA, the fused optimiser.)
-def compare(part, batch, variants, rounds) -> list:
-    """Time {variant: function of `batch` images}; a row each, also to the screen: images a second,
-    by the median, and how many times the first variant's that is. They take turns, so that a
-    drifting machine slows all alike; the first round warms up."""
-    seconds = {name: [] for name in variants}
+def compare(part, batch, variants, rounds):
+    """Time {variant: function of `batch` images}; yields a row each, also to the screen: images a
+    second, by the median, and how many times the first variant's that is. They take turns, so that
+    a drifting machine slows all alike; the first round warms up."""
+    seconds = defaultdict(list)
     for _ in range(rounds + 1):
         for name, function in variants.items():
             began = time.perf_counter()
@@ -2937,14 +2926,13 @@ def compare(part, batch, variants, rounds) -> list:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - began)
-    rows = []
+    first = None
     for name in variants:
         speed = batch / np.median(seconds[name][1:])
-        rows.append(dict(part=part, batch=batch, variant=name, images_per_s=speed))
-        ratio = speed / rows[0]["images_per_s"]
-        rows[-1]["ratio"] = ratio
+        first = first or speed
+        ratio = speed / first
         say(f"{part:13} batch {batch:<4} {name:26} {speed:12.1f} images/s  x {ratio:.2f}")
-    return rows
+        yield dict(part=part, batch=batch, variant=name, images_per_s=speed, ratio=ratio)
 
 
 def plain_attack(model, x, y, cfg):
@@ -2985,14 +2973,14 @@ def bench_core(cfg, batch, rounds):
             x = x.contiguous()
             attacks[lever] = partial(plain_attack, model, x, y, cfg)
         steps[lever] = partial(training_step, trainer, attacks[lever], x)
-    rows = compare("attack", batch, attacks, rounds)
-    return rows + compare("training step", batch, steps, rounds)
+    yield from compare("attack", batch, attacks, rounds)
+    yield from compare("training step", batch, steps, rounds)
 
 
-def bench_kernel(device, batch):
+def bench_kernel(batch):
     """A hundred steps on CUDA: plain operations, compiled ones, our kernel, each as a CUDA graph,
     so that launches cost nothing. A step moves 49,152 bytes an image."""
-    x = torch.rand(batch, 3, 32, 32, device=device)
+    x = torch.rand(batch, 3, 32, 32, device="cuda")
     arguments = (x.clone(), torch.randn_like(x).bfloat16(), x, 2 / 255, 8 / 255, x.bfloat16())
 
     def plain(x_adv, grad, x, step_size, eps, low):
@@ -3017,7 +3005,6 @@ def bench_autoattack(cfg):
     y = model(x).argmax(1)
     eps = 0.25 / 255  # most points stay robust
     nets = scoring_nets(model, cfg)
-    rows = []
     for name in AUTOATTACK:
         variants = {}
         with suppress(ImportError):
@@ -3032,23 +3019,22 @@ def bench_autoattack(cfg):
         variants["ours"] = partial(
             autoattack, model, x, y, eps=eps, attacks=[name], nets=nets, iterations=5, queries=100
         )
-        rows += compare(name, len(x), variants, 1)
-    return rows
+        yield from compare(name, len(x), variants, 1)
 
 
 def stage_bench(cfg):
     """Measure the core against plain PyTorch on this machine, with attacks of 2 steps on a CPU: to
     the screen and to bench.json."""
-    on_cuda = cfg.device.startswith("cuda")
+    on_cuda = cfg.device != "cpu"
     cfg = replace(cfg, steps=10 if on_cuda else 2)
     rows = []
     for batch in (32, 128):
         rows += bench_core(cfg, batch, 5 if on_cuda else 128 // batch)
     if on_cuda and triton:
         for batch in (32, 128, 4096):
-            rows += bench_kernel(cfg.device, batch)
+            rows += bench_kernel(batch)
     rows += bench_autoattack(cfg)
-    path = Path(cfg.out, "bench", "bench.json")
+    path = Path(cfg.out, "bench/bench.json")
     write_json(path, environment=environment(cfg), attack_steps=cfg.steps, rows=rows)
 
 
@@ -3065,7 +3051,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _read(f, choices, text):
-    """A flag's text -> the list of its values, where there are choices each one of them; argparse
+    """A flag's text -> the list of its values, each of them in `choices` if there are any; argparse
     puts the flag's name before what is wrong."""
     low = f.metadata["low"]
     wanted = f"{f.metadata['help']}: {f.type.__name__} from {low:g}"
@@ -3184,22 +3170,24 @@ def resolve(wanted) -> Config:
     values = vars(cfg) | DATASETS[cfg.data]
     if cfg.official:
         values |= row.official
-    values |= given
+    values |= given  # from these the next defaults follow
     if cfg.teacher_data == "full":  # Figure 5's other teachers see all of D, as long as a student
         values |= dict(teacher_epochs=values["epochs"], teacher_batch_size=values["batch_size"])
     if values["ir"]:
         values["gamma"] = max(1.0, values["ir"] / 2)
     if cfg.stage != "report":  # which shows runs under their own
         values["eval_eps"] = values["eps"]
-    values |= given  # also above the defaults that follow from others
+    values |= given  # which stand above those, too
     values["official"] = bool(cfg.official and row.official)
-    values["device"] = find_device(cfg.device)
-    device = torch.device(values["device"])
+    device = find_device(cfg.device)
+    values["device"] = device
+    precision = best_precision(torch.device(device))
     if cfg.amp == "auto":
-        values["amp"] = best_precision(device)
-    if cfg.compile == "auto" and not compiles_well(device):
+        values["amp"] = precision
+    # worth trying on CUDA with Triton, from Volta on
+    if cfg.compile == "auto" and (device == "cpu" or not triton or precision == "off"):
         values["compile"] = "off"
-    if cfg.amp == "fp16" and device.type == "cpu":
+    if cfg.amp == "fp16" and device == "cpu":
         raise UserError("--amp fp16: needs a CUDA device; on CPUs choose bf16 or off")
     return Config(**values | dict.fromkeys(unused_settings(cfg)))
 
@@ -3215,9 +3203,8 @@ def unused_settings(cfg) -> set:
     if not row.teacher:
         unused |= TEACHER_SETTINGS
     elif cfg.teacher:
-        unused |= TEACHER_SETTINGS - {"teacher_method"}
-        if cfg.teacher_method == "robal":  # whose head depends on the counts
-            unused -= {"teacher_data"}
+        # RoBal's head depends on the counts of what it was trained on
+        unused |= TEACHER_SETTINGS - {"teacher_method", "teacher_data"}
     elif cfg.teacher_data == "full":
         unused |= {"gamma"}
     if cfg.role == "teacher":
@@ -3240,20 +3227,14 @@ def find_device(name) -> str:
     return name
 
 
-def compiles_well(device) -> bool:
-    """Whether torch.compile is worth trying: on CUDA with Triton, from Volta on."""
-    works = triton is not None and device.type == "cuda"
-    return works and torch.cuda.get_device_capability(device) >= (7, 0)
-
-
 def best_precision(device) -> str:
     """What this device multiplies faster than float32: 'bf16', 'fp16' (GPUs before Ampere, there
-    for the attack alone) or 'off'."""
+    for the attack alone) or 'off' (before Volta)."""
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability >= (8, 0):
+        generation, _ = torch.cuda.get_device_capability(device)
+        if generation >= 8:
             return "bf16"
-        return "fp16" if capability >= (7, 0) else "off"
+        return "fp16" if generation >= 7 else "off"
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # CPUs with AMX have it, too
     return "bf16" if supported() else "off"
 
@@ -3267,11 +3248,11 @@ def tune_process(cfg):
         torch._dynamo.config.recompile_limit = 64
         # as in eager mode, where the head's backward is float32
         torch._functorch.config.backward_pass_autocast = "off"
-    if cfg.device.startswith("cuda"):
+    if cfg.device != "cpu":
         torch.cuda.set_device(cfg.device)
         try_kernel(cfg.device)
     elif sys.platform == "linux":
-        with suppress(OSError, AttributeError):
+        with suppress(AttributeError):  # another C library than glibc
             libc = ctypes.CDLL(None)
             # M_MMAP_THRESHOLD: no mapping below a GiB; an older glibc takes 32 MiB at the most
             libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)
@@ -3293,7 +3274,7 @@ def teacher_config(cfg) -> Config:
     """The run of the teacher that cfg asks for: PGD-AT on D_B, or a baseline on all of D;
     optimiser, attack and augmentation are the student's. Of a --teacher: the file as its
     checkpoint."""
-    its_own = dict.fromkeys(METHOD_SETTINGS)
+    its_own = dict.fromkeys(METHOD_SETTINGS)  # None: not given, so the default
     its_own |= dict(
         # on all of D it is the very run of that baseline
         role="student" if cfg.teacher_data == "full" else "teacher",
@@ -3316,10 +3297,11 @@ def copy_teacher(cfg, data, path, log):
     its_cfg = teacher_config(cfg)
     file = path / "teacher.pt"
     copied = all(gather(file.exists()))
-    if copied and not cfg.teacher:
+    if cfg.teacher:
+        source = cfg.teacher
+    elif copied:
         return
-    source = cfg.teacher
-    if source is None:
+    else:
         work_in_folder(its_cfg, data)
         source = run_path(its_cfg) / "last.pt"
     model, epoch, _ = load_net(its_cfg, data, source)
@@ -3382,8 +3364,9 @@ def run_stages(configs):
     if cfg.stage == "theory":
         say(theory())
         if cfg.figures:
-            panels = [1, 2, 5]
-            save_figure(cfg.figures, "figure2.png", "Optimal classifiers", draw_boundaries, panels)
+            save_figure(
+                cfg.figures, "figure2.png", "Optimal classifiers", draw_boundaries, [1, 2, 5]
+            )
     elif cfg.stage == "bench":
         tune_process(cfg)
         stage_bench(resolve(vars(cfg)))
@@ -3409,13 +3392,14 @@ def join_group():
     if {"RANK", "LOCAL_RANK"} <= os.environ.keys() and size not in ("", "1"):
         remedy = "start it with torchrun, or unset RANK, LOCAL_RANK and WORLD_SIZE"
         with blaming(f"cannot join {size} processes: {remedy}", (ValueError, RuntimeError)):
-            options = dict(backend="gloo")
+            backend = "gloo"
+            device = None
             if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count():
-                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                device = int(os.environ["LOCAL_RANK"])
                 torch.cuda.set_device(device)
-                options = dict(backend="cpu:gloo,cuda:nccl", device_id=device)
+                backend = "cpu:gloo,cuda:nccl"
             # one rank's share of AutoAttack may end hours after another's
-            dist.init_process_group(timeout=timedelta(days=2), **options)
+            dist.init_process_group(backend, timeout=timedelta(days=2), device_id=device)
         RANK = dist.get_rank()
         WORLD = dist.get_world_size()
 
