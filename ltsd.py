@@ -971,8 +971,8 @@ class Trainer:
         """The optimiser's step at x' -> (loss, logits at x'). By a graph where the attack has them:
         at batch 32 the host would need longer for it than the device."""
         graphs = self.frozen.graphs
-        begun = len(self.optimizer.state) > 0  # momentum is where the graph will look for it
-        if graphs is None or WORLD > 1 or not begun or len(x) != self.whole_batch:
+        # before the first step there is no momentum, which a graph would look for at one place
+        if graphs is None or WORLD > 1 or not self.optimizer.state or len(x) != self.whole_batch:
             return self._eager_step(x, x_adv, y, alpha, lr)
         inputs = [x, x_adv, y, x.new_full((), alpha), x.new_full((), lr)]
         return call_graphed(
@@ -1889,7 +1889,7 @@ def apgd(points, generator, iterations, objective):
             # too few steps rose, or the best stood still since a checkpoint that did not halve
             stuck = ~halved & (loss_at_check >= best_loss)
             halved = (rises <= 0.75 * interval) | stuck
-            step_size[halved] /= 2
+            step_size = torch.where(halved, step_size / 2, step_size)
             z = torch.where(halved, best, z)
             gradient = torch.where(halved, best_gradient, gradient)
             loss_at_check = best_loss
