@@ -161,8 +161,8 @@ _count = partial(_flag, low=1)
 
 
 # The defaults are the paper's; a data set and --official have some of their own. Once `resolve` has
-# put these in, None means that the run does not use it; for ir and gamma with --data folder, that
-# they follow from the data.
+# filled in the defaults, None means that the run does not use a setting; for ir and gamma with
+# --data folder, that they follow from the data.
 # fmt: off
 @dataclass(frozen=True)
 class Settings:
@@ -177,7 +177,7 @@ class Settings:
     aug: str = _flag("none", "RandAugment or AutoAugment before crop and flip", "none ra aua")
     alpha: float = _flag(40.0, "distillation weight after its ramp; synthetic 10")
     tau: float = _flag(1.0, "strength of the class prior, b_c = tau ln n_c")
-    gamma: float = _flag(None, "D_B: floor(gamma n_min) images a class (IR/2, >= 1)", low=1e-6)
+    gamma: float = _flag(None, "D_B: floor(gamma n_min) images a class (max(1, IR/2))", low=1e-6)
     beta: float = _flag(6.0, "weight of the KL term of trades, mart and robal")
     kd: str = _flag("igdm", "distil indirect gradients, or KL at x'", "igdm kl")
     teacher_method: str = _flag("pgd-at", "teacher's method", "pgd-at at-bsl robal reat")
@@ -197,7 +197,7 @@ class Settings:
     train_limit: int = _count(None, "about this many training images, before the long tail")
     test_limit: int = _count(None, "about this many test images")
     seed: int = _flag(0, "seed of the weights, of D_B and of every other draw")
-    role: str = "student"  # no flag: a 'teacher' is trained on D_B
+    role: str = "student"  # no flag; 'teacher': trained on D_B (on all of D it is a 'student')
 
 
 @dataclass(frozen=True)
@@ -516,7 +516,9 @@ class Method:
     head: str = "linear"
     awp: float = 0.0  # gamma of the weight perturbation around the step
     teacher: bool = False  # needs the self-teacher
-    low_precision: bool = True  # may the attack be bf16? Not where the objective is flat at x
+    low_precision: bool = (
+        True  # may the attack be bf16 or fp16? Not where the objective is flat at x
+    )
     official: dict = field(default_factory=dict)  # the method's own published settings ...
     official_data: tuple = ()  # ... and the data sets they were published for
 
@@ -650,18 +652,20 @@ class FrozenCopy(nn.Module):
         self.overflows = next(model.parameters()).new_zeros(())
         self.source = model.state_dict(keep_vars=True)
         self.folded = {}  # {name of a convolution: name of the batch norm of its output alone}
-        self.eps = []  # of these batch norms
+        self.norm_eps = []  # of these batch norms
         for name, module in self.net.named_modules():
-            if isinstance(module, nn.Conv2d):  # comes after the module that gives it a bias
+            if isinstance(module, nn.Conv2d):  # its parent, which gives it a bias, came before
                 module.to(dtype)
             prefix = f"{name}.".lstrip(".")
             for conv, norm in getattr(module, "folds", ()):
                 # a shortcut may be empty, a block from outside may have another norm or a bias
-                needed = {f"{prefix}{norm}.weight", f"{prefix}{norm}.running_var"}
+                needed = {f"{prefix}{norm}.bias", f"{prefix}{norm}.running_var"}
                 if needed <= self.source.keys() and f"{prefix}{conv}.bias" not in self.source:
                     self.folded[prefix + conv] = prefix + norm
-                    self.eps.append(module.get_submodule(norm).eps)
-                    module.get_submodule(conv).bias = module.get_submodule(norm).bias
+                    self.norm_eps.append(module.get_submodule(norm).eps)
+                    module.get_submodule(conv).bias = module.get_submodule(
+                        norm
+                    ).bias  # refresh fills it
                     module.set_submodule(norm, nn.Identity())
         self.targets = {}  # {dtype: {name: tensor}}: copying a mix would be slow
         for name, target in self.net.state_dict(keep_vars=True).items():
@@ -678,7 +682,7 @@ class FrozenCopy(nn.Module):
 
         values = dict(self.source)
         if self.folded:  # not so in a network whose blocks have no `folds`
-            variances = torch._foreach_add(of_norms("running_var"), self.eps)
+            variances = torch._foreach_add(of_norms("running_var"), self.norm_eps)
             scales = torch._foreach_div(of_norms("weight"), torch._foreach_sqrt(variances))
             means = torch._foreach_mul(of_norms("running_mean"), scales)
             shifts = torch._foreach_sub(of_norms("bias"), means)
@@ -716,7 +720,8 @@ def capture_cuda_graph(function, inputs):
 
 def pixels_differ(wanted, got):
     """Whether more than 30 % of the pixels of two attacks' images differ. Where a GPU's kernels are
-    not reproducible, last bits that differ become 15 % in ten sign steps; wrong labels are 60 %."""
+    not reproducible, last bits that differ become 15 % in ten sign steps; wrong labels would be
+    60 %."""
     return (got[0] != wanted[0]).float().mean() > 0.3
 
 
@@ -899,8 +904,8 @@ def outer_step(row, batch, model, optimizer):
 
 class Trainer:
     """A network in training with what its steps need: the frozen copy that is attacked, the
-    optimiser and, compiled, what speeds both up, for whole batches only. The model itself stays as
-    it is: what is saved has no trace of the compiler."""
+    optimiser and, where it compiles, what speeds both up, for whole batches only. The model itself
+    stays as it is: what is saved has no trace of the compiler."""
 
     def __init__(self, cfg, model, counts, teacher=None):
         """teacher: a FrozenCopy."""
@@ -908,7 +913,7 @@ class Trainer:
         self.model = model
         self.row = METHODS[cfg.method]
         self.counts = torch.tensor(counts, dtype=torch.float32, device=cfg.device)
-        self.predicted = self.counts  # how often each was predicted at x' in the epoch before
+        self.predicted = self.counts  # how often each was, in the last epoch; the first: its images
         self.whole_batch = cfg.batch_size // WORLD
         self.teacher = teacher
         dtype = AMP_DTYPE[cfg.amp] if self.row.low_precision else torch.float32
@@ -971,7 +976,8 @@ class Trainer:
         """The optimiser's step at x' -> (loss, logits at x'). By a graph where the attack has them:
         at batch 32 the host would need longer for it than the device."""
         graphs = self.frozen.graphs
-        # before the first step there is no momentum, which a graph would look for at one place
+        # a graph looks for the momentum at one place: before the first step, and with --momentum 0,
+        # there is none
         if graphs is None or WORLD > 1 or not self.optimizer.state or len(x) != self.whole_batch:
             return self._eager_step(x, x_adv, y, alpha, lr)
         inputs = [x, x_adv, y, x.new_full((), alpha), x.new_full((), lr)]
@@ -999,7 +1005,7 @@ def with_fallback(task, cfg, data, path, log, *more):
             if cfg.amp == "off":
                 raise
             log("float16 overflows: again, by float32 from here on")
-            cfg = replace(cfg, amp="off", compile="off")
+            cfg = replace(cfg, amp="off")
         except (UserError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -1031,7 +1037,7 @@ def train(cfg, data, path, log):
         # the fast one of its two nets; RoBal's with its post-hoc head
         _, _, (teacher, _) = load_net(teacher_config(cfg), data, path / "teacher.pt")
     trainer = Trainer(cfg, model, data.counts, teacher)
-    # what is true after the last complete epoch
+    # what is true after the last complete epoch; with the classes it is a checkpoint, too
     state = dict(epoch=0, best=-1.0, classes=data.classes)
     state |= load_state(path, trainer, log)
     log(
@@ -1450,7 +1456,7 @@ def make_synthetic(train_per_class=160, test_per_class=25, size=32) -> Data:
     angles = np.pi * (c % 5 + 0.5) / 10  # within a quadrant: a flip must not change the class
     along = xx * np.cos(angles) + yy * np.sin(angles)
     coarse = math.tau / np.where(c < 5, 14.0, 7.5) * along  # phases; wavelengths in pixels
-    fine = math.tau / np.where(c < 5, 3.0, 2.4) * along[::-1]
+    fine = math.tau / np.where(c < 5, 3.0, 2.4) * along[::-1]  # across another class's coarse one
     tint = abs(rng.normal(size=(10, 3, 1, 1))).clip(0.3)
     tint /= tint.mean(1, keepdims=True)
 
@@ -1459,7 +1465,7 @@ def make_synthetic(train_per_class=160, test_per_class=25, size=32) -> Data:
         return np.sin(phases + shift)
 
     def draw(per_class):  # images uint8 [N,3,size,size], labels
-        labels = np.repeat(c, per_class)  # which flattens
+        labels = np.repeat(c, per_class)  # int64 [N]: repeat flattens
         images = 0.5 + 0.13 * gratings(coarse[labels]) * tint[labels]
         for _ in range(2):
             other = rng.integers(0, 10, labels.shape)
@@ -2018,7 +2024,7 @@ def checked_logits(net, x, y, batch_size):
     if not fits or not logits.isfinite().all() or not 0 <= y.min() <= y.max() < classes:
         raise ValueError(
             f"logits are {logits.dtype} {list(logits.shape)}, y spans [{y.min()}, {y.max()}]: "
-            f"want finite float32 [{len(y)}, classes], two classes up, and labels of theirs"
+            f"want finite float32 [{len(y)}, classes], two classes or more, and labels of theirs"
         )
     return logits
 
@@ -2122,9 +2128,9 @@ def judging(model):
 def scoring_nets(model, cfg=None, counts=()):
     """(fast, exact): what an evaluation's attacks move by, and what decides. A float32 Net as two
     copies: float16 on CUDA, where it is as fast as bfloat16 and eight times as fine, elsewhere of
-    cfg's precision (default: the fastest of the device), and float32; with 'off' one copy twice, as
-    any other module. With `counts`, training images per class, RoBal's network gets its post-hoc
-    head beyond 10 classes: 10 * scores - 1.7 ln(n_c/N), attacked as such."""
+    cfg's precision (default: the fastest of the device), and float32. With 'off', or of any other
+    module, both are one. With `counts`, training images per class, RoBal's network gets its
+    post-hoc head beyond 10 classes: 10 * scores - 1.7 ln(n_c/N), attacked as such."""
     if not isinstance(model, Net):
         net = ForeignNet(model)
         return net, net
@@ -2380,7 +2386,8 @@ def load_state(path, trainer, log) -> dict:
         trainer.model.load_state_dict(state.pop("model"))
         trainer.optimizer.load_state_dict(state.pop("optimizer"))
         trainer.predicted = state.pop("predicted").to(trainer.cfg.device)
-    log(f"{trainer.cfg.role}: going on after epoch {state['epoch']}")
+        line = f"{trainer.cfg.role}: going on after epoch {state['epoch']}"
+    log(line)
     return state
 
 
@@ -2395,7 +2402,7 @@ def load_net(cfg, data, path):
     epoch = load_weights(model, path, data.classes)
     model.to(cfg.device)
     counts = data.counts
-    if cfg.role == "teacher":  # it was trained on D_B
+    if cfg.role == "teacher":  # trained on D_B: all classes have as many
         counts = [1] * len(counts)
     return model, epoch, scoring_nets(model, cfg, counts)
 
@@ -2434,7 +2441,7 @@ def evaluate_checkpoint(cfg, data, path, log, name, file):
     record = dict(checkpoint=name, epoch=epoch) | about
     for other in records:  # by other attacks, or of best where this is last
         if about.items() <= other.items():
-            record = other | record  # what is said twice is this one's
+            record = other | record  # where both have a key, its own value stays
     wanted = [attack for attack in cfg.attacks.split(",") if attack not in record]
     # AutoAttack's state, for this very call alone
     saved = path / f"aa-{derive_seed(about, cfg.amp, RANK, WORLD):08x}.pt"
@@ -2460,11 +2467,13 @@ def evaluate_checkpoint(cfg, data, path, log, name, file):
             **threat,
         )
         record["evaluated_on"] = environment(cfg)
+        # one and a half times chance, in percent
         if cfg.checkpoint and record.get("clean", 100) <= 150 / len(data.classes):
             log(
                 f"{name} is near chance: was it trained on normalised images (--mean, --std), "
                 "another --image-size or order of classes?"
             )
+    # what it replaces: this checkpoint under this threat, whatever its weights were
     same = threat_of(cfg) | {"checkpoint": name}
     kept = [other for other in records if not same.items() <= other.items()]
     write_json(path / "results.json", evaluations=kept + [record])
@@ -2567,7 +2576,7 @@ class RunGroup:
 
     def __init__(self, cfg, images, records):
         self.cfg = cfg
-        # what makes it another
+        # what runs of one group have in common
         self.own = identity(cfg) | dict(
             seed=None,
             images=images,
@@ -2601,8 +2610,8 @@ class RunGroup:
 
 
 def read_run(path, cfg) -> RunGroup:
-    """A folder's evaluations under the evaluation settings of cfg, without an eps under that of the
-    last one; UserError where there are none."""
+    """A folder's evaluations under the evaluation settings of cfg; where it has no eval_eps, under
+    that of the last one. UserError where there are none."""
     remedy = "use --stage eval, or name runs as in --stage report 'runs/*'"
     damaged = (LookupError, TypeError, ValueError, AttributeError)
     with blaming(f"{path} holds no such evaluation: {remedy}", damaged):
@@ -3203,8 +3212,7 @@ def unused_settings(cfg) -> set:
     if not row.teacher:
         unused |= TEACHER_SETTINGS
     elif cfg.teacher:
-        # RoBal's head depends on the counts of what it was trained on
-        unused |= TEACHER_SETTINGS - {"teacher_method", "teacher_data"}
+        unused |= TEACHER_SETTINGS - {"teacher_method"}
     elif cfg.teacher_data == "full":
         unused |= {"gamma"}
     if cfg.role == "teacher":
@@ -3273,11 +3281,11 @@ def try_kernel(device):
 def teacher_config(cfg) -> Config:
     """The run of the teacher that cfg asks for: PGD-AT on D_B, or a baseline on all of D;
     optimiser, attack and augmentation are the student's. Of a --teacher: the file as its
-    checkpoint."""
+    checkpoint, for which --mean and --std hold."""
     its_own = dict.fromkeys(METHOD_SETTINGS)  # None: not given, so the default
     its_own |= dict(
-        # on all of D it is the very run of that baseline
-        role="student" if cfg.teacher_data == "full" else "teacher",
+        # on all of D it is the very run of that baseline; a file is taken to be of such a one
+        role="teacher" if cfg.teacher_data == "balanced" else "student",
         stage="train",
         teacher=None,
         checkpoint=cfg.teacher,
@@ -3321,7 +3329,7 @@ def run_one(cfg):
         gather(None)  # rank 0 fetches and decodes for all
     data = load_data(cfg)
     if RANK == 0:
-        gather(None)
+        gather(None)  # and the others read what it has kept
     work_in_folder(cfg, data)
 
 

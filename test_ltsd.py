@@ -2777,14 +2777,15 @@ UNUSED = {
     "reat": "alpha beta kd gamma teacher_epochs",
     "ltsd": "beta",
     "ltsd --teacher-data full": "beta gamma",
-    "ltsd --teacher t.pt": "beta gamma teacher_epochs teacher_batch_size",
+    "ltsd --teacher t.pt": "beta gamma teacher_data teacher_epochs teacher_batch_size",
 }
 
 
 def test_a_given_teacher_of_robal_knows_the_counts_that_its_head_needs():
-    given = ["--teacher", "t.pt", "--teacher-method", "robal", "--teacher-data"]
-    roles = [ltsd.teacher_config(config_of(*given, data)).role for data in ("full", "balanced")]
-    assert roles == ["student", "teacher"]  # a student's counts are those of all of the data
+    cfg = config_of("--teacher", "t.pt", "--teacher-method", "robal")
+    its_cfg = ltsd.teacher_config(cfg)
+    assert its_cfg.method == "robal"
+    assert its_cfg.role == "student"  # whose counts are those of all of the data
 
 
 @pytest.mark.parametrize("words", UNUSED)
