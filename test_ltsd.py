@@ -2944,6 +2944,13 @@ def test_a_gpu_gets_what_it_is_fast_at(capability, precision, compiled, triton, 
     assert asked.compile == "on"
 
 
+def test_too_little_memory_of_a_gpu_is_blamed_on_no_file():
+    assert issubclass(torch.OutOfMemoryError, RuntimeError)  # as of weights that do not fit
+    with pytest.raises(torch.OutOfMemoryError):
+        with ltsd.blaming("state.pt does not fit", RuntimeError):
+            raise torch.OutOfMemoryError("out of memory")
+
+
 def test_too_little_memory_is_one_line_that_names_the_remedy(capsys, monkeypatch):
     def exhausted(cfg):
         raise torch.OutOfMemoryError("Tried to allocate 9 GiB\nof 8")
