@@ -3523,6 +3523,28 @@ def test_a_graph_that_fails_is_found_out_and_costs_nothing(
     assert_close_weights(got, plainly_trained)
 
 
+@pytest.mark.parametrize("got, kept", [(7.0, True), (8.0, False)])
+def test_a_graph_may_be_twice_as_far_off_as_two_plain_calls_are(got, kept, monkeypatch):
+    plain = iter([0.0, 3.0])
+    counter = torch.zeros(())
+    result = [torch.tensor(got)]
+    monkeypatch.setattr(ltsd, "capture_cuda_graph", lambda *arguments: (lambda: None, result))
+
+    def function(x):
+        return [torch.tensor(next(plain))]
+
+    def distance(wanted, got):
+        return abs(got[0] - wanted[0])
+
+    graphs = {}
+    outcome = pytest.raises(RuntimeError, match="differs")
+    if kept:
+        outcome = contextlib.nullcontext()
+    with outcome:
+        ltsd.call_graphed(graphs, "key", function, [counter], distance, lambda: [counter])
+    assert len(graphs) == kept
+
+
 class CannotBeCompiled(nn.Module):
     """A double of torch.compile, which fails when the compiled network is first called."""
 
