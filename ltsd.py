@@ -521,9 +521,8 @@ class Method:
     head: str = "linear"
     awp: float = 0.0  # gamma of the weight perturbation around the step
     teacher: bool = False  # needs the self-teacher
-    low_precision: bool = (
-        True  # may the attack be bf16 or fp16? Not where the objective is flat at x
-    )
+    # may the attack be bf16 or fp16? Not where the objective is flat at x
+    low_precision: bool = True
     official: dict = field(default_factory=dict)  # the method's own published settings ...
     official_data: tuple = ()  # ... and the data sets they were published for
 
@@ -668,9 +667,8 @@ class FrozenCopy(nn.Module):
                 if needed <= self.source.keys() and f"{prefix}{conv}.bias" not in self.source:
                     self.folded[prefix + conv] = prefix + norm
                     self.norm_eps.append(module.get_submodule(norm).eps)
-                    module.get_submodule(conv).bias = module.get_submodule(
-                        norm
-                    ).bias  # refresh fills it
+                    # room for the shift, which refresh writes there
+                    module.get_submodule(conv).bias = module.get_submodule(norm).bias
                     module.set_submodule(norm, nn.Identity())
         self.targets = {}  # {dtype: {name: tensor}}: copying a mix would be slow
         for name, target in self.net.state_dict(keep_vars=True).items():
@@ -1458,7 +1456,7 @@ def make_synthetic(train_per_class=160, test_per_class=25, size=32) -> Data:
     angles = np.pi * (c % 5 + 0.5) / 10  # within a quadrant: a flip must not change the class
     along = xx * np.cos(angles) + yy * np.sin(angles)
     coarse = math.tau / np.where(c < 5, 14.0, 7.5) * along  # phases; wavelengths in pixels
-    fine = math.tau / np.where(c < 5, 3.0, 2.4) * along[::-1]  # across another class's coarse one
+    fine = math.tau / np.where(c < 5, 3.0, 2.4) * along[::-1]  # in the direction of class 9 - c
     tint = abs(rng.normal(size=(10, 3, 1, 1))).clip(0.3)
     tint /= tint.mean(1, keepdims=True)
 
